@@ -1,0 +1,70 @@
+# `make` lists the targets. All it needs is python3 (3.10 or newer) and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
+
+# Real data sets, where a copy stands beside the checkout. Without one, flatminima uses its download cache.
+ifndef FLATMINIMA_DATA
+ifneq ($(wildcard ../shared/data/.),)
+export FLATMINIMA_DATA := $(abspath ../shared/data)
+endif
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help env demo test lint format bench clean
+
+help:
+	@echo "make env      create .venv with flatminima and its development tools, at the versions of requirements.lock"
+	@echo "make demo     SGD, SAM, SWAD and SAM+SWAD on scikit-learn's digits; writes runs/digits/report.html"
+	@echo "make test     ruff, mypy --strict and pytest"
+	@echo "make lint     ruff and mypy only"
+	@echo "make format   rewrite the code as ruff wants it"
+	@echo "make bench    time flatminima and its peers (installs the bench extra)"
+	@echo "make clean    remove .venv and the caches; results in runs/ stay"
+
+env: $(VENV)/installed
+
+# The stamp is written last: an interrupted installation is taken up again, a finished one is not repeated.
+$(VENV)/installed: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else \
+		f"Python 3.10 or newer is needed, and $(PYTHON) is {v[0]}.{v[1]}: run make PYTHON=/path/to/a/newer/python")'
+	@echo "[1/4] creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/4] installing torch (the largest download; this can take some minutes)"
+	@$(PIP) torch
+	@echo "[3/4] installing the other packages"
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@echo "[4/4] checking"
+	@$(BIN)/python -m pip --disable-pip-version-check check
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	@echo "installing the packages that the benchmarks compare with"
+	@$(PIP) --no-build-isolation --editable '.[dev,bench]'
+	@touch $@
+
+demo: env
+	$(BIN)/flatminima compare --data digits --methods sgd,sam,swad,sam+swad --seeds 5 --out runs/digits
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-bench
+	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo 'no benchmarks/bench_*.py yet: CONTRIBUTING.md says what belongs there'; exit 1; }
+	$(BIN)/python -m pytest benchmarks --override-ini 'python_files=bench_*.py' --override-ini timeout=0 --benchmark-only
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,30 @@
+"""Seek flat minima, measure flatness with error bars, and judge whether the number means anything."""
+
+from flatminima.audit import AuditReport, audit
+from flatminima.averaging import SWAD
+from flatminima.curvature import top_eigenpair, trace
+from flatminima.measures import MEASURES, Measurement, MeasureOptions, measure
+from flatminima.objective import Objective
+from flatminima.optim import SAM
+from flatminima.perturbation import Perturbation
+from flatminima.symmetries import find_symmetries, prove
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MEASURES",
+    "SAM",
+    "SWAD",
+    "AuditReport",
+    "MeasureOptions",
+    "Measurement",
+    "Objective",
+    "Perturbation",
+    "__version__",
+    "audit",
+    "find_symmetries",
+    "measure",
+    "prove",
+    "top_eigenpair",
+    "trace",
+]

@@ -1,0 +1,229 @@
+"""The command line; the only place of the library that prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import flatminima
+from flatminima.audit import audit as run_audit
+from flatminima.data import DATASETS, DataError
+from flatminima.measures import MEASURES, MeasureOptions
+from flatminima.measures import measure as run_measures
+from flatminima.measures.base import resolve
+from flatminima.models import MODELS
+from flatminima.objective import NonFiniteLossError, Objective, ObjectiveError
+from flatminima.report import render
+from flatminima.report.terminal import audit_table, compare_table, measure_table
+from flatminima.study.checkpoint import CheckpointError, load_weights
+from flatminima.study.compare import compare as run_compare
+from flatminima.study.settings import METHODS, CompareSettings, SettingsError
+from flatminima.study.store import StoreError, write_json, write_text
+from flatminima.study.target import Target, TargetError, load_target
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+_out, _err = Console(), Console(stderr=True)
+
+# What a user can mend: said in one line, without a traceback.
+_USER_ERRORS = (
+    SettingsError, DataError, StoreError, CheckpointError, TargetError, ObjectiveError, NonFiniteLossError, ValueError,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Entry point: exit status 0, 2 for a mistake the user can mend, 130 after Ctrl-C."""
+    try:
+        app()
+    except _USER_ERRORS as error:
+        _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        _out.print(f"flatminima {flatminima.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Seek flat minima, measure flatness with error bars, judge whether the number means anything."""
+
+
+_DEFAULTS = CompareSettings()
+
+
+@app.command()
+def compare(
+    data: Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")] = _DEFAULTS.data,
+    model: Annotated[str, typer.Option(help=f"Network: {', '.join(MODELS)}.")] = _DEFAULTS.model,
+    methods: Annotated[
+        str, typer.Option(help=f"Comma-separated; the others are compared to the first. Known: {', '.join(METHODS)}.")
+    ] = ",".join(_DEFAULTS.methods),
+    seeds: Annotated[int, typer.Option(help="Runs per method.")] = _DEFAULTS.seeds,
+    epochs: Annotated[int | None, typer.Option(help="Passes of SGD over the training set (default 60).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of SGD, instead of --epochs.")] = None,
+    budget: Annotated[
+        str, typer.Option(help="What is equal across methods: gradients (SAM takes half the steps) or steps.")
+    ] = _DEFAULTS.budget,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = _DEFAULTS.batch_size,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = _DEFAULTS.lr,
+    momentum: Annotated[float, typer.Option(help="Of SGD.")] = _DEFAULTS.momentum,
+    weight_decay: Annotated[float, typer.Option(help="Of SGD.")] = _DEFAULTS.weight_decay,
+    schedule: Annotated[str, typer.Option(help="Learning rate: constant (as SWAD assumes) or cosine.")] = _DEFAULTS.schedule,
+    rho: Annotated[float, typer.Option(help="Radius of SAM, and of SAM sharpness.")] = _DEFAULTS.rho,
+    tolerance: Annotated[float, typer.Option(help="Rise of the validation loss that ends SWAD's valley.")] = _DEFAULTS.tolerance,
+    train_size: Annotated[int | None, typer.Option(help="Training rows to keep (default all).")] = None,
+    data_seed: Annotated[int, typer.Option(help="Seed of the split, the same for all runs.")] = _DEFAULTS.data_seed,
+    measure_rows: Annotated[int, typer.Option(help="Training rows the measures see.")] = _DEFAULTS.measure_rows,
+    audit_rows: Annotated[int, typer.Option(help="Training rows the audit sees.")] = _DEFAULTS.audit_rows,
+    audit_members: Annotated[int, typer.Option(help="Random members per symmetry; 0: no audit.")] = _DEFAULTS.audit_members,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = _DEFAULTS.device,
+    workers: Annotated[int | None, typer.Option(help="Processes (default: one per core, 1 on a GPU).")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the results; the same command resumes there.")] = Path("runs/compare"),
+) -> None:
+    """Train with several methods, measure and audit the minima, and write a report."""
+    settings = CompareSettings(
+        data=data, model=model, methods=tuple(m.strip() for m in methods.split(",") if m.strip()), seeds=seeds,
+        epochs=epochs, steps=steps, budget=budget, batch_size=batch_size, lr=lr, momentum=momentum,
+        weight_decay=weight_decay, schedule=schedule, rho=rho, tolerance=tolerance, train_size=train_size,
+        data_seed=data_seed, measure_rows=measure_rows, audit_rows=audit_rows, audit_members=audit_members, device=str(_device(device)),
+    )  # fmt: skip
+    processes = workers if workers is not None else 1 if settings.device != "cpu" else os.cpu_count() or 1
+    runs = len(settings.methods) * settings.seeds
+    done: dict[str, float] = {}
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    try:
+        with Progress(*columns, console=_err) as bar:
+            task = bar.add_task(f"{runs} runs", total=runs)
+
+            def progress(run: str, fraction: float) -> None:
+                done[run] = max(fraction, done.get(run, 0.0))
+                finished = sum(f >= 1 for f in done.values())
+                running = [name for name, f in done.items() if f < 1]
+                bar.update(
+                    task, completed=sum(done.values()), description=f"{finished}/{runs} runs  {' '.join(running[:3])}"
+                )
+
+            results = run_compare(settings, out, workers=processes, progress=progress)
+    except KeyboardInterrupt:
+        _err.print(f"Stopped. What is finished is kept in {out}; the same command goes on from there.", highlight=False)
+        sys.exit(130)
+    page = out / "report.html"
+    write_text(page, render(results))
+    _out.print(compare_table(results))
+    _out.print(str((out / "results.json").resolve()), highlight=False, soft_wrap=True)
+    _out.print(str(page.resolve()), highlight=False, soft_wrap=True)
+
+
+_Reference = Annotated[str, typer.Argument(metavar="FILE.py:FUNCTION", help="Returns (model, loss_fn, data).")]
+_Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights: safetensors, or a state_dict from torch.save. Pickles are refused.")
+]
+_Measures = Annotated[str | None, typer.Option(help=f"Comma-separated; default all: {', '.join(MEASURES)}.")]
+_Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers there.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+
+
+@app.command()
+def measure(
+    reference: _Reference,
+    checkpoint: _Checkpoint = None,
+    measures: _Measures = None,
+    rho: Annotated[float, typer.Option(help="Radius of SAM sharpness.")] = MeasureOptions.rho,
+    adaptive_rho: Annotated[float, typer.Option(help="Radius of adaptive sharpness.")] = MeasureOptions.adaptive_rho,
+    radius: Annotated[float, typer.Option(help="Length of random displacements.")] = MeasureOptions.radius,
+    rtol: Annotated[float, typer.Option(help="Relative error asked of eigenvalue and trace.")] = MeasureOptions.rtol,
+    max_products: Annotated[int, typer.Option(help="Of the eigenvalue, at most.")] = MeasureOptions.max_products,
+    max_probes: Annotated[int, typer.Option(help="Of the trace, at most.")] = MeasureOptions.max_probes,
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    device: _Device = "cpu",
+    json_path: _Json = None,
+) -> None:
+    """Measure one minimum: each number with its error, its cost and the rescalings that leave it alone."""
+    names = _names(measures)
+    options = MeasureOptions(
+        rho=rho, adaptive_rho=adaptive_rho, radius=radius, rtol=rtol, max_products=max_products, max_probes=max_probes
+    )
+    target = _target(reference, checkpoint, device)
+    objective = Objective(target.model, target.loss_fn, target.data)
+    found = run_measures(objective, names, options=options, seed=seed)
+    _out.print(measure_table([vars(m) | {"label": MEASURES[name].label} for name, m in found.items()]))
+    _save(json_path, {"loss": objective.loss(), "measures": {name: vars(m) for name, m in found.items()}})
+
+
+@app.command()
+def audit(
+    reference: _Reference,
+    checkpoint: _Checkpoint = None,
+    measures: _Measures = None,
+    members: Annotated[int, typer.Option(help="Random reparameterisations per symmetry.")] = 5,
+    max_scale: Annotated[float, typer.Option(help="Largest factor of a rescaling.")] = 20.0,
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    device: _Device = "cpu",
+    json_path: _Json = None,
+) -> None:
+    """Judge which numbers survive reparameterisations that change no prediction."""
+    names = _names(measures)
+    target = _target(reference, checkpoint, device)
+    report = run_audit(
+        target.model, target.loss_fn, target.data, measures=names, members=members, max_scale=max_scale, seed=seed
+    )
+    kinds = list(report.proofs)
+    ratios = report.max_ratio()
+    rows = [
+        {
+            "label": MEASURES[name].label,
+            "max_ratio": ratios[name],
+            "invariant_under": MEASURES[name].invariant_under,
+            "verdict": verdict,
+        }
+        for name, verdict in report.verdicts.items()
+    ]
+    _out.print(audit_table(rows, kinds))
+    for kind, change in report.proofs.items():
+        _out.print(f"{kind}: outputs change by at most {change:.1g}, relative, over {members} members", highlight=False)
+    for site, reason in report.rejected:
+        _out.print(f"not rescaled: {site}: {reason}", highlight=False, markup=False)
+    _save(json_path, report.to_dict())
+
+
+def _names(measures: str | None) -> list[str] | None:
+    names = None if measures is None else [m.strip() for m in measures.split(",") if m.strip()]
+    resolve(names)
+    return names
+
+
+def _target(reference: str, checkpoint: Path | None, device: str) -> Target:
+    target = load_target(reference, _device(device))
+    if checkpoint is not None:
+        load_weights(target.model, checkpoint)
+    return target
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _save(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        write_json(path, json.loads(json.dumps(content), parse_constant=lambda _: None))
+        _out.print(str(path.resolve()), highlight=False, soft_wrap=True)

@@ -1,0 +1,11 @@
+"""Real data sets, read, checked, split and standardised.
+
+Files are looked up in the folder named by the environment variable `FLATMINIMA_DATA`, then in the user's cache
+folder, into which the data set's own site (or its official mirror) is downloaded when it has one. Every file with a
+known checksum is verified before it is read. Nothing is ever unpickled.
+"""
+
+from flatminima.data.registry import DATASETS, load, load_pacs_domain
+from flatminima.data.splits import DataError, Splits, TensorSplit, validate
+
+__all__ = ["DATASETS", "DataError", "Splits", "TensorSplit", "load", "load_pacs_domain", "validate"]

@@ -1,0 +1,54 @@
+"""Measures read off the Hessian: its top eigenvalue, its trace, and its quadratic form in the weights."""
+
+from __future__ import annotations
+
+import torch
+
+from flatminima.curvature import trace as hessian_trace
+from flatminima.measures.base import RELU_RESCALING, Measurement, Workbench, register
+
+
+@register(
+    "lambda_max",
+    "top Hessian eigenvalue",
+    "Curvature of the loss in the sharpest direction; it changes with the scale of the weights.",
+)
+def lambda_max(bench: Workbench) -> Measurement:
+    r""":math:`\lambda_{\max}(H)` by Lanczos; the error is a residual bound. Cost: 2 gradients a product."""
+    eigen = bench.eigen
+    return Measurement("lambda_max", eigen.value, eigen.error, "residual bound", eigen.converged)
+
+
+@register(
+    "trace",
+    "Hessian trace",
+    "Sum of all curvatures; it changes with the scale of the weights.",
+)
+def trace(bench: Workbench) -> Measurement:
+    r""":math:`\mathrm{tr} H` by Hutchinson's estimator, deflated by the Lanczos basis of the top eigenvalue.
+
+    The error is a standard error. Cost: 2 gradients a probe.
+    """
+    options = bench.options
+    found = hessian_trace(
+        bench.objective, rtol=options.rtol, max_probes=options.max_probes, deflate=bench.eigen, seed=bench.seed + 1
+    )
+    return Measurement("trace", found.value, found.error, "standard error", found.converged)
+
+
+@register(
+    "w_hessian_w",
+    "w'Hw",
+    "Curvature along the weight vector itself: second derivative of the loss in their common scale.",
+    invariant_under=RELU_RESCALING,
+)
+def w_hessian_w(bench: Workbench) -> Measurement:
+    r""":math:`w^\top H w`, invariant under every linear reparameterisation that preserves the function.
+
+    The error is the rounding of the inner product in the objective's precision. Cost: 2 gradients.
+    """
+    w = bench.objective.point()
+    image = bench.objective.hvp(w).double()
+    value = float(w.double() @ image)
+    error = torch.finfo(bench.objective.dtype).eps * float(w.double().norm() * image.norm())
+    return Measurement("w_hessian_w", value, error, "rounding", True)

@@ -1,0 +1,5 @@
+"""Small reference networks, each an ordinary `nn.Module` that `torch.fx` can trace and that is twice differentiable."""
+
+from flatminima.models.registry import MODELS, build
+
+__all__ = ["MODELS", "build"]

@@ -1,0 +1,34 @@
+"""Names for readers: methods, symmetries and measures as the page and the terminal print them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_METHODS = {"sgd": "SGD", "sam": "SAM", "swad": "SWAD"}
+
+
+def method(name: object) -> str:
+    """``sam+swad`` as ``SAM+SWAD``; names of others stay as they are."""
+    return "+".join(_METHODS.get(part, part) for part in str(name).split("+"))
+
+
+def symmetry(kind: object) -> str:
+    """``relu-layer-rescaling`` as ``ReLU layer rescaling``."""
+    words = str(kind).split("-")
+    return " ".join("ReLU" if word == "relu" else word for word in words)
+
+
+def measure(results: Mapping[str, Any], name: str) -> str:
+    """The measure's label in the results, or its name."""
+    return str((results.get("measures") or {}).get(name, {}).get("label") or name)
+
+
+def measures(results: Mapping[str, Any]) -> list[str]:
+    """The names of the measures, in the order of the results; a name is in no list twice."""
+    return list(results.get("measures") or {})
+
+
+def methods(results: Mapping[str, Any]) -> list[str]:
+    """The names of the methods, the first one being what the others are compared with."""
+    return [str(summary["method"]) for summary in results.get("methods") or []]

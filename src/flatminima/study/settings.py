@@ -1,0 +1,147 @@
+"""The settings of a comparison, checked before any work is spent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flatminima.data import DATASETS
+from flatminima.models import MODELS
+from flatminima.names import unknown
+
+METHODS: dict[str, str] = {
+    "sgd": "SGD with momentum; the last iterate",
+    "sam": "sharpness-aware minimisation around SGD; the last iterate",
+    "swad": "SGD, averaged densely over the valley of the validation loss",
+    "sam+swad": "SAM, averaged densely over the valley of the validation loss",
+}
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message names it, its value and what is expected."""
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What ``flatminima compare`` does; equal settings give equal results.
+
+    Attributes:
+        data: data set name.
+        model: reference network name.
+        methods: what is compared; the first is the one the others are compared to.
+        seeds: runs per method, with seeds 0 .. seeds-1. A seed fixes initial weights and data order, the same for all methods.
+        epochs: passes of SGD over the training set; exclusive with ``steps``.
+        steps: optimiser steps of SGD; exclusive with ``epochs``.
+        budget: ``"gradients"`` gives every method the same number of gradient evaluations (SAM then takes half the steps),
+            ``"steps"`` the same number of steps.
+        batch_size: rows a step.
+        lr: learning rate.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        schedule: ``"constant"`` (what SWAD assumes) or ``"cosine"`` to zero, for all methods.
+        rho: radius of SAM.
+        tolerance: of SWAD, the relative rise of the validation loss that ends the valley.
+        train_size: rows of the training split to keep; ``None`` keeps all.
+        data_seed: of the split; the same for all runs.
+        measure_rows: training rows the measures see.
+        audit_rows: training rows the audit sees.
+        audit_members: random reparameterisations per symmetry; 0 leaves the audit out.
+        device: where to compute.
+    """
+
+    data: str = "digits"
+    model: str = "mlp"
+    methods: tuple[str, ...] = ("sgd", "sam", "swad", "sam+swad")
+    seeds: int = 5
+    epochs: int | None = None
+    steps: int | None = None
+    budget: str = "gradients"
+    batch_size: int = 64
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "constant"
+    rho: float = 0.05
+    tolerance: float = 0.3
+    train_size: int | None = None
+    data_seed: int = 0
+    measure_rows: int = 2000
+    audit_rows: int = 256
+    audit_members: int = 5
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.data not in DATASETS:
+            raise SettingsError(unknown("data set", self.data, DATASETS))
+        if self.model not in MODELS:
+            raise SettingsError(unknown("model", self.model, MODELS))
+        if not self.methods:
+            raise SettingsError("--methods is empty: name at least one of " + ", ".join(METHODS))
+        for method in self.methods:
+            if method not in METHODS:
+                raise SettingsError(unknown("method", method, METHODS))
+        if len(set(self.methods)) < len(self.methods):
+            raise SettingsError(f"--methods names a method twice: {', '.join(self.methods)}")
+        if self.epochs is not None and self.steps is not None:
+            raise SettingsError(f"--epochs {self.epochs} and --steps {self.steps} were both given; give one")
+        for name, allowed in (("budget", ("gradients", "steps")), ("schedule", ("constant", "cosine"))):
+            if getattr(self, name) not in allowed:
+                raise SettingsError(unknown(f"--{name}", getattr(self, name), allowed))
+        for name, least in (
+            ("seeds", 1), ("epochs", 1), ("steps", 2), ("batch_size", 1), ("train_size", 1),
+            ("data_seed", 0), ("measure_rows", 1), ("audit_rows", 1), ("audit_members", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SettingsError(f"{_flag(name)} must be at least {least}, got {value}")
+        for name, positive in (("lr", True), ("momentum", False), ("weight_decay", False), ("rho", False), ("tolerance", False)):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (positive and value == 0):
+                raise SettingsError(f"{_flag(name)} must be finite and {'> 0' if positive else '>= 0'}, got {value}")
+        if self.momentum >= 1:
+            raise SettingsError(f"--momentum must be below 1, got {self.momentum}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; :meth:`from_dict` reads it back."""
+        return {**asdict(self), "methods": list(self.methods)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CompareSettings:
+        """Inverse of :meth:`to_dict`."""
+        return cls(**{**values, "methods": tuple(values["methods"])})
+
+    def sgd_steps(self, train_rows: int) -> int:
+        """Optimiser steps of a method with one gradient a step; even, so that half of it is a whole number."""
+        if self.steps is not None:
+            total = self.steps
+        else:
+            epochs = DEFAULT_EPOCHS if self.epochs is None else self.epochs
+            total = epochs * math.ceil(train_rows / self.batch_size)
+        return total + total % 2
+
+    def method_steps(self, method: str, train_rows: int) -> int:
+        """Optimiser steps of a method under the budget."""
+        steps = self.sgd_steps(train_rows)
+        return steps // gradients_per_step(method) if self.budget == "gradients" else steps
+
+    def command(self) -> str:
+        """The command line that makes these results."""
+        default = CompareSettings(device=self.device)
+        words = ["flatminima compare"]
+        for name, value in self.to_dict().items():
+            if name in ("data", "model", "methods", "seeds") or value != default.to_dict()[name]:
+                words.append(f"{_flag(name)} {','.join(value) if isinstance(value, list) else value}")
+        return " ".join(words)
+
+
+DEFAULT_EPOCHS = 60
+
+
+def gradients_per_step(method: str) -> int:
+    """Gradient evaluations a step of this method costs."""
+    return 2 if "sam" in method.split("+") else 1
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,127 @@
+"""One directory for one comparison: what is finished is never lost and never done again.
+
+``settings.json`` says whose directory it is. Each run leaves weights (``.safetensors``), then a training record, then a full
+record; each file appears whole or not at all, so a run that was killed is redone from the last whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flatminima.study.checkpoint import load_weights, save_weights
+
+_MARKER = "settings.json"
+
+
+class StoreError(ValueError):
+    """The output directory cannot be used; the message says why and what to do."""
+
+
+class RunStore:
+    """Files of a comparison under one directory.
+
+    Args:
+        directory: created if absent. An existing one must be empty, or hold the same comparison.
+        settings: plain dictionary that defines the comparison.
+
+    Raises:
+        StoreError: the directory cannot be written, holds something else, or holds a comparison with other settings (the
+            differing ones are given with both values). Nothing is changed then.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        self.directory = directory
+        self.runs = directory / "runs"
+        self._claim(json.loads(json.dumps(settings)))
+
+    def trained(self, run: str) -> dict[str, Any] | None:
+        """Training record of a run whose weights are on disk, or ``None``."""
+        return self._read(self.runs / f"{run}.train.json")
+
+    def finished(self, run: str) -> dict[str, Any] | None:
+        """Full record of a run, or ``None``."""
+        return self._read(self.runs / f"{run}.json")
+
+    def save_trained(self, run: str, model: nn.Module, record: dict[str, Any]) -> None:
+        """Weights first, the record that vouches for them second."""
+        save_weights(model, self.runs / f"{run}.safetensors")
+        write_json(self.runs / f"{run}.train.json", record)
+
+    def load_trained(self, run: str, model: nn.Module) -> None:
+        """Put the stored weights of a run into ``model``."""
+        load_weights(model, self.runs / f"{run}.safetensors")
+
+    def save_finished(self, run: str, record: dict[str, Any]) -> None:
+        """Full record; its presence means that nothing of this run remains to be done."""
+        write_json(self.runs / f"{run}.json", record)
+
+    def _claim(self, settings: dict[str, Any]) -> None:
+        directory = self.directory
+        if directory.exists() and not directory.is_dir():
+            raise StoreError(f"{directory} is a file; --out must name a directory")
+        marker = directory / _MARKER
+        if marker.exists():
+            self._compare(self._read(marker), settings)
+        elif directory.exists() and any(directory.iterdir()):
+            raise StoreError(
+                f"{directory} is not empty and holds no comparison (no {_MARKER}); choose a new or an empty directory"
+            )
+        try:
+            self.runs.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.runs):
+                pass
+        except OSError as error:
+            raise StoreError(f"cannot write to {directory}: {error.strerror or error}") from error
+        if not marker.exists():
+            write_json(marker, settings)
+
+    def _compare(self, found: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+        if not isinstance(found, dict):
+            raise StoreError(f"{self.directory / _MARKER} is not readable JSON; choose another directory")
+        names = sorted(found.keys() | wanted.keys())
+        different = [
+            f"{name}: {json.dumps(found.get(name))} there, {json.dumps(wanted.get(name))} now"
+            for name in names
+            if found.get(name) != wanted.get(name)
+        ]
+        if different:
+            raise StoreError(
+                f"{self.directory} holds a comparison with other settings ({'; '.join(different)}); "
+                "give the same settings to resume it, or another --out"
+            )
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any] | None:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError:
+            return None  # cannot come from write_json; whatever it is, the run is not finished
+        return content if isinstance(content, dict) else None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that is whole or absent at every moment; NaN and infinity are refused by ``json``."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is whole or absent at every moment."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

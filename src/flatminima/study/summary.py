@@ -1,0 +1,208 @@
+"""From run records to results: statistics per method, the audit over methods, and the answer in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flatminima
+from flatminima.data import Splits
+from flatminima.measures import MEASURES
+from flatminima.study.settings import CompareSettings
+from flatminima.study.statistics import interval, paired
+
+SCHEMA = 1
+_SCORES = ("test_accuracy", "test_loss", "train_loss", "generalisation_gap")
+
+Record = dict[str, Any]
+
+
+def summarise(settings: CompareSettings, splits: Splits, parameters: int, records: Sequence[Record]) -> dict[str, Any]:
+    """The dictionary that ``results.json`` holds; docs/results.md documents it."""
+    runs = [_run(record) for record in records]
+    methods = [_method(name, settings.methods[0], runs) for name in settings.methods]
+    audit = _audit(settings, runs)
+    answer, details = _answer(settings, methods, audit)
+    return {
+        "schema": SCHEMA,
+        "flatminima": flatminima.__version__,
+        "command": settings.command(),
+        "settings": settings.to_dict(),
+        "answer": answer,
+        "details": details,
+        "data": {
+            "name": splits.name,
+            "classes": list(splits.classes),
+            "train": len(splits.train),
+            "validation": len(splits.validation),
+            "test": len(splits.test),
+            "note": splits.note,
+        },
+        "network": {"name": settings.model, "parameters": parameters},
+        "measures": {
+            m.name: {
+                "label": m.label,
+                "unit": "",
+                "flatter_when": m.flatter_when,
+                "invariant_under": sorted(m.invariant_under),
+                "meaning": m.meaning,
+            }
+            for m in MEASURES.values()
+        },
+        "methods": methods,
+        "runs": runs,
+        "audit": audit,
+        "times": {f"{r['method']}-seed{r['seed']}": r["seconds"] for r in records},
+    }
+
+
+def _run(record: Record) -> Record:
+    keys = (
+        "method", "seed", "status", "failure", "steps", "gradient_evaluations",
+        "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy",
+    )  # fmt: skip
+    run = {key: record.get(key) for key in keys}
+    run["measures"] = record.get("measures", {})
+    for key in ("history", "swad", "landscape", "density", "audit", "audit_verdict"):
+        run[key] = record.get(key)
+    run["proofs"], run["rejected"] = record.get("proofs", {}), record.get("rejected", [])
+    return run
+
+
+def _method(name: str, first: str, runs: Sequence[Record]) -> Record:
+    mine = _finished(runs, name)
+    entry: Record = {"method": name, "n": len(mine), "failed": sum(r["method"] == name for r in runs) - len(mine)}
+    for score in _SCORES:
+        entry[score] = interval(list(_values(mine, score).values()))
+    entry["measures"] = {}
+    for measure in MEASURES:
+        errors = [r["measures"][measure]["error"] for r in mine if r["measures"].get(measure, {}).get("error") is not None]
+        root_mean_square = math.sqrt(math.fsum(e * e for e in errors) / len(errors)) if errors else None
+        entry["measures"][measure] = {**interval(list(_values(mine, measure).values())), "error": root_mean_square}
+    entry["versus_first"] = None
+    if name != first:
+        reference = _finished(runs, first)
+        versus: Record = {s: paired(_values(mine, s), _values(reference, s)) for s in _SCORES}
+        versus["measures"] = {m: paired(_values(mine, m), _values(reference, m)) for m in MEASURES}
+        entry["versus_first"] = versus
+    return entry
+
+
+def _finished(runs: Sequence[Record], method: str) -> list[Record]:
+    return [r for r in runs if r["method"] == method and r["status"] == "finished"]
+
+
+def _values(runs: Sequence[Record], name: str) -> dict[int, float]:
+    """Seed -> score or measure, where it exists."""
+    found: dict[int, float] = {}
+    for r in runs:
+        if name == "generalisation_gap":
+            value = r["test_loss"] - r["train_loss"]
+        elif name in MEASURES:
+            value = r["measures"].get(name, {}).get("value")
+        else:
+            value = r[name]
+        if value is not None:
+            found[r["seed"]] = value
+    return found
+
+
+def _audit(settings: CompareSettings, runs: Sequence[Record]) -> Record:
+    audited = [r for r in runs if r["audit"]]
+    symmetries = sorted({kind for r in audited for kind in r["proofs"]})
+    ratios: dict[str, dict[str, float | None]] = {m: {} for m in MEASURES}
+    moved: dict[str, bool] = {}
+    for name in MEASURES:
+        for kind in symmetries:
+            cells = [r["audit"][name][kind] for r in audited if kind in r["audit"].get(name, {})]
+            if cells:
+                factors = [c["max_ratio"] for c in cells]
+                ratios[name][kind] = None if None in factors else max(factors)
+                moved[name] = moved.get(name, False) or any(c["significant"] for c in cells)
+    verdict = {m: ("changes" if moved[m] else "survives") if m in moved else "not tested" for m in MEASURES}
+    rejected = sorted({tuple(pair) for r in audited for pair in r["rejected"]})
+    return {
+        "symmetries": symmetries,
+        "measures": list(MEASURES),
+        "max_ratio": ratios,
+        "verdict": verdict,
+        "proofs": {kind: max(r["proofs"].get(kind, 0.0) for r in audited) for kind in symmetries},
+        "rejected": [list(pair) for pair in rejected],
+        "members": settings.audit_members,
+        "rows": settings.audit_rows,
+    }
+
+
+def _answer(settings: CompareSettings, methods: Sequence[Record], audit: Record) -> tuple[str, list[str]]:
+    first, others = methods[0], methods[1:]
+    survivors = [m for m in MEASURES if audit["verdict"][m] == "survives" and MEASURES[m].flatter_when]
+    flatness = [m for m in MEASURES if MEASURES[m].flatter_when]
+    if not first["n"] or not any(m["n"] for m in others):
+        reason = "there is nothing to compare it with" if first["n"] else f"every run of {first['method']} failed"
+        return f"No comparison: {reason}.", _details(settings, methods, audit)
+    judged = survivors or flatness
+    flatter = [m["method"] for m in others if all(_sign(m["versus_first"]["measures"][k]) == -1 for k in judged)]
+    sharper = [m["method"] for m in others if all(_sign(m["versus_first"]["measures"][k]) == 1 for k in judged)]
+    better = [m["method"] for m in others if _sign(m["versus_first"]["test_accuracy"]) == 1]
+    worse = [m["method"] for m in others if _sign(m["versus_first"]["test_accuracy"]) == -1]
+    basis = (
+        f"by every flatness number that survives a change of coordinates ({', '.join(MEASURES[m].label for m in survivors)})"
+        if survivors
+        else "by every flatness number, none of which was shown to survive a change of coordinates"
+    )
+    clauses = [f"{_list(flatter) if flatter else 'no method'} found flatter minima than {first['method']} {basis}"]
+    if sharper:
+        clauses.append(f"{_list(sharper)} found sharper ones")
+    on_test = f"{_list(better) if better else 'no method'} was better than {first['method']} on held-out data"
+    clauses.append(on_test + (f" and {_list(worse)} was worse" if worse else ""))
+    n = min(m["n"] for m in methods)
+    sentence = f"On {settings.data}, with {n} paired seed{'s' if n != 1 else ''}: {'; '.join(clauses)}."
+    if n < 2:
+        sentence = f"On {settings.data}: one finished seed per method gives no interval, so no difference can be claimed."
+    return sentence, _details(settings, methods, audit)
+
+
+def _details(settings: CompareSettings, methods: Sequence[Record], audit: Record) -> list[str]:
+    lines = []
+    for m in methods[1:]:
+        versus = m["versus_first"]["test_accuracy"]
+        if versus["low"] is None:
+            continue
+        seen = "" if _sign(versus) else ": no detectable difference"
+        lines.append(
+            f"{m['method']} minus {methods[0]['method']}, test accuracy: {100 * versus['difference']:+.2f} points, 95% interval "
+            f"[{100 * versus['low']:+.2f}, {100 * versus['high']:+.2f}], n={versus['n']}{seen}."
+        )
+    failed = [f"{m['failed']} of {m['method']}" for m in methods if m["failed"]]
+    if failed:
+        lines.append(f"Failed runs are left out of every mean: {', '.join(failed)}.")
+    changing = [MEASURES[m].label for m in MEASURES if audit["verdict"][m] == "changes"]
+    if changing:
+        lines.append(
+            f"These numbers change when the weights are rescaled without changing any prediction: {', '.join(changing)}. "
+            "A difference in them alone is no evidence about the function."
+        )
+    if not audit["symmetries"]:
+        lines.append("No function-preserving rescaling was found or tested for this model, so no number was put to that test.")
+    if settings.schedule == "constant":
+        lines.append(
+            "All methods train with a constant learning rate, which SWAD assumes; averaging then also does what a decaying "
+            "rate would do for the others (try --schedule cosine)."
+        )
+    lines.append(
+        f"Budget: equal {settings.budget}. Intervals are over seeds (initial weights and data order) on one split, each "
+        "comparison by itself, without correction for their number. The test set was used once, after training."
+    )
+    return lines
+
+
+def _sign(difference: Record) -> int:
+    """1 or -1 where the 95 % interval excludes zero, else 0."""
+    if difference["low"] is None:
+        return 0
+    return 1 if difference["low"] > 0 else -1 if difference["high"] < 0 else 0
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

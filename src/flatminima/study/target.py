@@ -1,0 +1,73 @@
+"""A user's own minimum: a function in their own file that returns model, loss and data."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatminima.names import nearest_first
+
+_EXAMPLE = "def build(): return model, loss_fn, (x, y)"
+
+
+class TargetError(ValueError):
+    """``file.py:function`` does not lead to a model, a loss and data; the message says why."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is measured: ``loss_fn(model(x), y)`` averaged over the data."""
+
+    model: nn.Module
+    loss_fn: Callable[[Any, Any], Tensor]
+    data: Any
+
+
+def load_target(reference: str, device: torch.device | str = "cpu") -> Target:
+    """Import ``path/to/file.py:function`` and call the function.
+
+    The function takes no argument and returns ``(model, loss_fn, data)`` where data are ``(x, y)`` tensors or an iterable
+    of such batches. The file runs as if it were imported from its own folder.
+
+    Raises:
+        TargetError: not of that form, no such file or function, or another return value.
+    """
+    path_text, colon, name = reference.rpartition(":")
+    if not colon or not path_text or not name:
+        raise TargetError(f"expected path/to/file.py:function, got {reference!r}")
+    path = Path(path_text)
+    if not path.is_file():
+        raise TargetError(f"no file {path}; expected path/to/file.py:function")
+    function = getattr(_module(path), name, None)
+    if not callable(function):
+        names = [n for n, v in vars(_module(path)).items() if callable(v) and getattr(v, "__module__", "") == path.stem]
+        raise TargetError(
+            f"{path} has no function {name!r}" + (f"; it has {', '.join(nearest_first(name, names))}" if names else "")
+        )
+    built = function()
+    if not (isinstance(built, tuple) and len(built) == 3 and isinstance(built[0], nn.Module) and callable(built[1])):
+        kinds = ", ".join(type(v).__name__ for v in built) if isinstance(built, tuple) else type(built).__name__
+        raise TargetError(f"{reference} returned ({kinds}); expected a module, a loss function and data: {_EXAMPLE}")
+    return Target(built[0].to(device), built[1], built[2])
+
+
+def _module(path: Path) -> Any:
+    if path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", None) == str(path.resolve()):
+        return sys.modules[path.stem]
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    if spec is None or spec.loader is None:
+        raise TargetError(f"{path} cannot be imported as Python; expected path/to/file.py:function")
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
