@@ -210,7 +210,8 @@ def make_results(
         "settings": settings,
         "answer": "SAM, SWAD and SAM+SWAD found flatter minima than SGD by the top Hessian eigenvalue, "
         "and all three were more accurate on the test set.",
-        "details": [
+        "details": ["Test accuracy of SAM minus SGD: +0.50 points, 95% interval [+0.10, +0.90], n=5."],
+        "cautions": [
             "Five of the eight measures change by a factor of 10 or more under rescalings that change no prediction; "
             "what they say about flatness depends on the coordinates.",
             "All methods were given the same number of gradient evaluations, so SAM took half as many steps as SGD.",

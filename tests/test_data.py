@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from data_fixture import archive, cifar_records, idx, image
+from data_fixture import archive, cifar_records, idx, image, parquet
 from flatminima.data import DATASETS, DataError, Splits, load, load_pacs_domain, sources
 from flatminima.data.files import DataFile
 from flatminima.data.splits import channel_statistics
@@ -204,9 +204,8 @@ def test_cifar_is_downloaded_once_in_its_binary_version(tmp_path: Path, monkeypa
     members["cifar-10-batches-bin/batches.meta.txt"] = b"\n".join(f"class{i}".encode() for i in range(10))
     path = archive(tmp_path / "site.tar.gz", members)
     checksum = f"md5:{hashlib.md5(path.read_bytes()).hexdigest()}"
-    parquet = sources.CIFAR_FILES["cifar10"][0]
     remote = DataFile("cifar10/cifar-10-binary.tar.gz", checksum, (path.as_uri(),))
-    monkeypatch.setitem(sources.CIFAR_FILES, "cifar10", (parquet, remote))
+    monkeypatch.setitem(sources.CIFAR_FILES, "cifar10", (sources.CIFAR_FILES["cifar10"][0], remote))
     first = load("cifar10")
     path.unlink()
     again = load("cifar10")
@@ -216,6 +215,25 @@ def test_cifar_is_downloaded_once_in_its_binary_version(tmp_path: Path, monkeypa
     assert first.input_shape == (3, 32, 32)
     for part in (first.train, first.validation):
         assert torch.bincount(part.y).tolist() == [len(part) // 10] * 10
+
+
+def test_cifar_parquet_keeps_pictures_with_their_labels(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.arange(60) % 10
+    part = np.where(np.arange(60) % 6 == 5, "test", "train")  # test rows stand between the train rows
+    pictures = [image(np.full((3, 32, 32), 20 * label, dtype=np.uint8)) for label in labels]
+    (elsewhere / "cifar10").mkdir()
+    columns = {"image": pictures, "label": labels.tolist(), "split": part.tolist()}
+    path = parquet(elsewhere / "cifar10" / "cifar10.parquet", columns, list("abcdefghij"))
+    known = DataFile("cifar10/cifar10.parquet", f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}")
+    monkeypatch.setitem(sources.CIFAR_FILES, "cifar10", (known, sources.CIFAR_FILES["cifar10"][1]))
+    splits = load("cifar10")
+    assert [len(p) for p in (splits.train, splits.validation, splits.test)] == [40, 10, 10]
+    assert splits.test.y.tolist() == labels[part == "test"].tolist()
+    for rows in (splits.train, splits.validation, splits.test):
+        colours = rows.x[:, 0, 0, 0]
+        assert torch.equal(colours, rows.x.amax((1, 2, 3)))
+        pairs = torch.stack([colours.double(), rows.y.double()])
+        assert torch.corrcoef(pairs)[0, 1] > 1 - 1e-9
 
 
 def fake_pacs(folder: Path, per_class: int = 5) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -78,7 +77,7 @@ def test_value_and_error_share_their_last_digit(value: float | None, error: floa
 
 def test_differences_counts_and_factors() -> None:
     assert difference(0.0123, -0.004, 0.0286) == "+0.012 [−0.004, 0.029]"
-    assert difference(-3e7, -4e7, -2e7) == "−3.00 [−4.00, −2.00] × 10⁷"
+    assert difference(-3e7, -4e7, -2e7) == "−3.0 [−4.0, −2.0] × 10⁷"
     assert difference(None, 0.0, 1.0) == "–"
     assert difference(2.0, None, None) == "+2.000"
     assert integer(1234567) == "1\u202f234\u202f567"
@@ -116,18 +115,19 @@ class Reader(HTMLParser):
         self.figures: list[dict[str, Any]] = []
         self._table: list[list[dict[str, Any]]] | None = None
         self._cell: dict[str, Any] | None = None
-        self._small = self._code = False
+        self._small = self._code = self._figure = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        self.elements.append((tag, given))
+        found = dict(attrs)
+        self.elements.append((tag, found))
+        self._figure = self._figure or tag == "figure"
         if tag == "figure":
-            self.figures.append({"id": given["id"], "code": ""})
-            self._table = self.tables.setdefault(str(given["id"]), []) if "table" in str(given["class"]) else None
+            self.figures.append({"id": found["id"], "code": ""})
+            self._table = self.tables.setdefault(str(found["id"]), []) if "table" in str(found["class"]) else None
         elif tag == "tr" and self._table is not None:
             self._table.append([])
         elif tag in ("td", "th") and self._table is not None:
-            values = json.loads(given.get("data-values") or "[]")
+            values = json.loads(found.get("data-values") or "[]")
             self._cell = {"text": "", "small": "", "values": values, "heading": tag == "th"}
             self._table[-1].append(self._cell)
         self._small = self._small or tag == "small"
@@ -136,13 +136,14 @@ class Reader(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         self._small = self._small and tag != "small"
         self._code = self._code and tag != "code"
+        self._figure = self._figure and tag != "figure"
         if tag in ("td", "th"):
             self._cell = None
 
     def handle_data(self, data: str) -> None:
         if self._cell is not None:
             self._cell["small" if self._small else "text"] += data
-        elif self._code and self.figures:
+        elif self._code and self._figure:
             self.figures[-1]["code"] += data
 
 
@@ -157,13 +158,9 @@ def test_table_of_methods_equals_results() -> None:
     found = read(render(results)).tables
     for table, names in (("table-performance", list(tables.PERFORMANCE)), ("table-measures", list(MEASURES))):
         head, *rows = found[table]
+        counts = ["n = 5", "n = 4, 1 failed", "n = 5", "n = 5"]
         assert [cell["text"] for cell in head[1:]] == ["SGD", "SAM", "SWAD", "SAM+SWAD"]
-        assert [cell["small"].replace("\u00a0", " ") for cell in head[1:]] == [
-            "n = 5",
-            "n = 4, 1 failed",
-            "n = 5",
-            "n = 5",
-        ]
+        assert [cell["small"].replace("\u00a0", " ") for cell in head[1:]] == counts
         assert len(rows) == len(names)
         for name, row in zip(names, rows, strict=True):
             scale = 100.0 if name == "test_accuracy" else 1.0
@@ -249,9 +246,9 @@ def test_failed_runs_are_listed_with_step_and_reason() -> None:
 
 def test_the_page_names_no_address_outside_itself() -> None:
     reader = read(render(make_results()))
-    for tag, given in reader.elements:
+    for tag, attributes in reader.elements:
         for name in ("src", "href", "srcset", "action", "data"):
-            assert (given.get(name) or "#").startswith("#"), (tag, given)
+            assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
     assert "link" not in {tag for tag, _ in reader.elements}
 
 
@@ -259,6 +256,7 @@ def hostile_results() -> dict[str, Any]:
     """Every text that a user or an exception can put into the results, replaced by markup."""
     results = make_results(methods=("sgd", HOSTILE), seeds=2, failed=((HOSTILE, 1),), name=HOSTILE)
     results["answer"] = results["data"]["note"] = results["network"]["name"] = HOSTILE
+    results["cautions"] = [HOSTILE]
     results["details"] = [HOSTILE, "</script><script>alert(2)</script>", "{{ 7 * 7 }}"]
     results["settings"][HOSTILE] = HOSTILE
     results["audit"]["rejected"] = [[HOSTILE, HOSTILE]]
@@ -279,8 +277,16 @@ def test_text_from_the_user_is_escaped() -> None:
     scripts = [sum(tag == "script" for tag, _ in page.elements) for page in (clean, hostile)]
     assert scripts[0] == scripts[1]
     assert not any(tag == "img" for tag, _ in hostile.elements)
-    assert not any(name.startswith("on") for _, given in hostile.elements for name in given)
+    assert not any(name.startswith("on") for _, attributes in hostile.elements for name in attributes)
     assert "{{ 7 * 7 }}" in render(hostile_results())
+
+
+def test_figures_hold_nothing_that_could_end_their_script_element() -> None:
+    figures = re.findall(r'<script type="application/json">(.*?)</script>', render(hostile_results()))
+    assert len(figures) > 10
+    for figure in figures:
+        assert "<" not in figure
+        assert json.loads(figure)["data"]
 
 
 def test_another_schema_is_refused() -> None:
@@ -288,13 +294,13 @@ def test_another_schema_is_refused() -> None:
         render({"schema": 2})
 
 
-def stripped(value: Any, keep: frozenset[str]) -> Any:
-    """The same structure with every number null."""
+def stripped(value: Any, keep: frozenset[str], instead: float | None = None) -> Any:
+    """The same structure with every number, but those under the names to keep, replaced."""
     if isinstance(value, dict):
-        return {key: entry if key in keep else stripped(entry, keep) for key, entry in value.items()}
+        return {key: entry if key in keep else stripped(entry, keep, instead) for key, entry in value.items()}
     if isinstance(value, list):
-        return [stripped(entry, keep) for entry in value]
-    return None if isinstance(value, (int, float)) else value
+        return [stripped(entry, keep, instead) for entry in value]
+    return instead if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 MISSING_PARTS: dict[str, dict[str, Any]] = {
@@ -305,10 +311,11 @@ MISSING_PARTS: dict[str, dict[str, Any]] = {
     "all failed": make_results(methods=("sgd", "sam"), seeds=1, failed=(("sgd", 0), ("sam", 0)), audit=False),
     "first method failed": make_results(methods=("sgd", "sam"), seeds=2, failed=(("sgd", 0), ("sgd", 1))),
     "null numbers": stripped(make_results(seeds=2), frozenset({"schema", "seed"})),
-    "nan numbers": json.loads(re.sub(r"(?<=[ \[])-?\d+\.\d+", "NaN", json.dumps(make_results(seeds=2)))),
+    "nan numbers": stripped(
+        make_results(seeds=2), frozenset({"schema", "seed", "seeds", "n", "failed", "step"}), float("nan")
+    ),
     "no parts": {"schema": 1, "runs": [], "methods": []},
-    "null parts": {"schema": 1}
-    | dict.fromkeys(("settings", "data", "network", "measures", "methods", "runs", "audit")),
+    "null parts": dict.fromkeys(make_results()) | {"schema": 1},
 }
 
 
@@ -360,6 +367,16 @@ def test_parabola_has_the_measured_curvature() -> None:
             assert y[20] == cut[key][20]
 
 
+def test_headline_prefers_a_measure_that_survives_the_audit() -> None:
+    results = make_results()
+    assert [panel.title for panel in plots.headline(results)] == [
+        "Better? Test accuracy",
+        "Flatter? Elementwise-adaptive sharpness",
+    ]
+    results["audit"]["verdict"] = {}
+    assert plots.headline(results)[1].title == "Flatter? Top Hessian eigenvalue"
+
+
 def test_swad_windows_are_shaded() -> None:
     results = make_results()
     found = run_plots.training_curves(results)
@@ -370,7 +387,7 @@ def test_swad_windows_are_shaded() -> None:
 
 def test_heat_map_shows_the_logarithm_of_the_change_factor() -> None:
     results = make_results()
-    results["audit"]["max_ratio"]["trace"][LAYER] = None
+    del results["audit"]["max_ratio"]["trace"][LAYER]
     (panel,) = plots.audit_heatmap(results)
     heat = panel.figure.data[0]
     assert heat.z[0][1] == pytest.approx(2.6138418, abs=1e-6)  # log10(411)
@@ -391,9 +408,10 @@ def test_log_axes_are_labelled_with_at_least_two_ticks() -> None:
 
 
 def printed(renderable: Any, width: int = 100) -> str:
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(renderable)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
 
 
 def test_terminal_shows_the_numbers_of_the_page() -> None:
@@ -441,8 +459,8 @@ class Opened:
 
     def __init__(self, browser: Browser, path: Path, results: dict[str, Any], width: int = 1400, dark: bool = False):
         path.write_text(render(results), encoding="utf-8")
-        scheme = "dark" if dark else "light"
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
+        scheme: Literal["dark", "light"] = "dark" if dark else "light"
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         self.page: Page = self.context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []
@@ -488,7 +506,8 @@ def test_browser_draws_every_plot_without_error_or_request(
     # Nothing that holds text or a plot may stick out of the page, except inside a table's own scrolling box.
     outside = opened.page.evaluate(
         "() => [...document.querySelectorAll('h1, h2, h3, p, li, figcaption, .plot, .scroll, dd')]"
-        ".filter(e => !e.closest('table') && e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 80))"
+        ".filter(e => !e.closest('table') && e.getBoundingClientRect().right > innerWidth + 0.5)"
+        ".map(e => e.outerHTML.slice(0, 80))"
     )
     assert outside == []
     text = opened.page.evaluate("() => getComputedStyle(document.querySelector('.plot .xtick text')).fill")
@@ -523,3 +542,12 @@ def test_browser_runs_no_script_from_names(browser: Browser, tmp_path: Path) -> 
     assert opened.page.evaluate("() => document.scrollingElement.scrollWidth") <= 390
     assert opened.complaints == []
     opened.context.close()
+
+
+def test_an_infinite_change_is_written_and_a_missing_one_is_not() -> None:
+    results = make_results()
+    name, kind = results["audit"]["measures"][0], results["audit"]["symmetries"][0]
+    results["audit"]["max_ratio"][name][kind] = None
+    assert "×∞" in render(results)
+    del results["audit"]["max_ratio"][name][kind]
+    assert "×∞" not in render(results)

@@ -236,6 +236,7 @@ def test_after_the_end_nothing_changes() -> None:
     result = swad.finalize()
     assert result.stopped_at == 140
     assert not any("left out" in note for note in result.notes)
+    assert swad.state_dict()["current"]["n"] == 0  # not even work
 
 
 # ----------------------------------------------------------------------------------------------------- NaN and infinity
@@ -260,7 +261,7 @@ def test_a_nan_tail_leaves_the_result_unchanged(vector: dict[str, Any], weights_
     assert (after.start_step, after.end_step, after.n) == (before.start_step, before.end_step, before.n)
     assert swad.status.dead
     if weights_too and before.stopped_at is None:
-        assert any("non-finite weights were dropped" in note for note in after.notes)
+        assert any("held non-finite weights, were dropped" in note for note in after.notes)
 
 
 def test_a_dropped_segment_is_named_and_its_neighbours_stay() -> None:
@@ -275,8 +276,8 @@ def test_a_dropped_segment_is_named_and_its_neighbours_stay() -> None:
     assert (result.start_step, result.end_step, result.n) == (0, 3, 3)
     assert result.tensors[0].flatten().tolist() == pytest.approx([5 / 3, 5 / 3])
     assert result.notes == (
-        "1 segments with non-finite weights were dropped and counted as bad evaluations; the first is steps 1 to 1, in "
-        "parameter 'bias'.",
+        "1 segment(s) held non-finite weights, were dropped and counted as bad evaluations; the first is steps 1 to 1, "
+        "in parameter 'bias'.",
     )
 
 
@@ -303,7 +304,7 @@ def test_notes_say_what_was_left_out() -> None:
     assert "steps 11 to 20" in notes([2.0, 1.5, 1.2])
     assert "Steps 31 to 34 are left out: no evaluation followed" in notes([2.0, 1.0, 1.1, 1.2], tail=4)
     assert "Steps 31 to 50 are left out: their evaluations were above" in notes([2.0, 1.0, 1.1, 1.2, 5.0, 5.0])
-    assert "2 evaluations were NaN or infinite (steps 0, 20)" in notes([math.nan, 1.0, math.inf, 1.2, 1.1])
+    assert "2 evaluation(s) were NaN or infinite (steps 0, 20)" in notes([math.nan, 1.0, math.inf, 1.2, 1.1])
     assert "still falling: 0.5 at the last evaluation, 1 at the start" in notes([2.0, 1.0, 1.1, 1.2, 0.5])
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from flatminima.models import build
-from flatminima.symmetries import Member, Scale, Symmetry, find_symmetries, prove
+from flatminima.symmetries import Action, Member, Scale, Symmetry, find_symmetries, prove
 from flatminima.symmetries.base import Findings, Rescaling, log_uniform
 
 LAYER, UNIT = "relu-layer-rescaling", "relu-unit-rescaling"
@@ -246,6 +247,64 @@ def test_model_and_random_state_are_left_untouched() -> None:
     assert torch.equal(x, inputs)
 
 
+def test_models_that_write_into_their_input() -> None:
+    class InPlace(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2.0))
+
+    model, x = InPlace().double(), torch.randn(4, 6, dtype=torch.float64)
+    before = x.clone()
+    search = find_symmetries(model, x)
+    assert len(search.found) == 2
+    assert prove(model, search.found[1].member(generator()), x).preserved
+    assert torch.equal(x, before)
+
+
+def test_proof_is_of_evaluation_mode_with_common_random_numbers() -> None:
+    class Noisy(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                return super().forward(x) + self.layers[0].bias.sum()
+            return F.dropout(super().forward(x), 0.5, training=True)
+
+    model, x = randomise(Noisy()).train(), torch.randn(4, 6)
+    unit = find_symmetries(model, x).found[1]
+    assert len(unit.sites) == 2
+    member = unit.member(generator())
+    assert prove(model, member, x).max_change <= 1e-12
+    wrong = Member(UNIT, "", member.actions[:1])
+    changes = set()
+    for seed in range(4):  # the verdict does not depend on the global random state
+        torch.manual_seed(seed)
+        changes.add(prove(model, wrong, x).max_change)
+    assert len(changes) == 1
+
+
+def test_actions_run_in_order_and_are_undone_in_reverse() -> None:
+    @dataclass(frozen=True)
+    class Shift:
+        name: str
+        by: float
+
+        @property
+        def names(self) -> tuple[str, ...]:
+            return (self.name,)
+
+        def __call__(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {self.name: values[self.name] + self.by}
+
+        def inverse(self) -> Action:
+            return Shift(self.name, -self.by)
+
+    model = nn.Linear(2, 1).double()
+    model.bias.data.fill_(3.0)
+    member = Member("affine", "", (Shift("bias", 1.0), Scale("bias", torch.tensor(2.0))))
+    member.apply_(model)
+    assert model.bias.item() == 8.0
+    member.inverse().apply_(model)
+    assert model.bias.item() == 3.0
+
+
 def test_apply_in_place_keeps_tensors_and_dtypes() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = Mlp().to(dtype)
@@ -262,7 +321,7 @@ def test_apply_in_place_keeps_tensors_and_dtypes() -> None:
 
 
 def source_network() -> tuple[nn.Module, Tensor, Tensor]:
-    """The 2-3-2 network of papers/weakness.md, 7.3."""
+    """A 2-3-2 network whose traces and top eigenvalues were computed independently."""
     net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
     values = (
         [[1.0, -0.5], [0.25, 0.75], [-0.8, 0.4]], [0.1, -0.2, 0.3],
@@ -381,6 +440,28 @@ class Penalised(nn.Module):
         return self.head(F.relu(self.fc(x))) * self.fc.weight.norm()
 
 
+class SharedMatrix(nn.Module):
+    """One matrix in two functional calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.head = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(F.relu(F.linear(x, self.matrix)), self.matrix)), self.head)
+
+
+class UnitsAsSlope(nn.Module):
+    """Units enter a homogeneous operation, but not as its data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.other, self.head = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.prelu(self.other(x), F.relu(self.fc(x)).mean(0)))
+
+
 class Standardised(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight / self.weight.norm(), self.bias)
@@ -461,6 +542,8 @@ class Gate(nn.Module):
         (Normed, (4, 6), "fc", "norm (LayerNorm)"),
         (MeanOverUnits, (4, 2, 8), "fc", "mean mixes its units"),
         (Gate, (4, 6), "fc", "mul"),
+        (SharedMatrix, (4, 6), "matrix", "'matrix' is used 2 times"),
+        (UnitsAsSlope, (4, 6), "fc", "prelu"),
         (lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU()), (4, 6), "0", "reach the output"),
         (Residual, (3, 2, 6, 6), "blocks.0.bn2", "add"),
         (Residual, (3, 2, 6, 6), "stem", "add"),
@@ -535,6 +618,7 @@ def test_what_cannot_be_proved_is_refused() -> None:
     fixed = find_symmetries(FixedDtype(), x)
     assert fixed.found == ()
     assert "float32 although it was converted to float64" in dict(fixed.rejected)["layers.0 -> layers.1"]
+    assert len(set(fixed.rejected)) == len(fixed.rejected)  # both kinds fail alike: said once
     hooked = find_symmetries(randomise(Hooked()), x)
     assert [s.sites for s in hooked.found] == [("layers.1 -> layers.2",)] * 2
     assert [site for site, _ in hooked.rejected] == ["layers.0 -> layers.1"] * 2

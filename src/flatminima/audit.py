@@ -1,8 +1,8 @@
 """Judge: which numbers survive a change of coordinates that changes no prediction.
 
-A measure of a network is evaluated at the network and at random members of its function-preserving reparameterisations. Members are
-proved first, in double precision; a measure that moves by more than its own error says something about the
-coordinates, not about the function.
+A measure is evaluated at the network and at random members of its function-preserving reparameterisations. Members are proved
+first, in double precision; a measure that moves by more than its own error says something about the coordinates, not about
+the function.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ class AuditReport:
             for name, m in self.measurements.items()
         ]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+        ]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
     def _verdict(self, name: str) -> str:
@@ -153,7 +155,7 @@ def audit(
         seed: of the members and of the measures.
 
     Raises:
-        ValueError: unknown measure, fewer than one member, ``max_scale`` not above 1.
+        ValueError: unknown measure, fewer than one member, ``max_scale`` not finite and above 1.
 
     Cost: the measures, times one plus ``members`` times the number of symmetries.
 
@@ -166,8 +168,8 @@ def audit(
     """
     if members < 1:
         raise ValueError(f"members must be at least 1, got {members}")
-    if not max_scale > 1:
-        raise ValueError(f"max_scale must be above 1, got {max_scale}")
+    if not (math.isfinite(max_scale) and max_scale > 1):
+        raise ValueError(f"max_scale must be finite and above 1, got {max_scale}")
     names = [m.name for m in resolve(measures)]
     pairs = [(_double(x), _double(y)) for x, y in batches(data)]
     original = copy.deepcopy(model).double()
@@ -212,7 +214,9 @@ def _change(name: str, kind: str, base: Measurement, moved: list[Measurement]) -
     significant = False
     worst = 1.0
     for m in moved:
-        ratio = m.value / base.value if base.value else (1.0 if m.value == 0 else math.inf)
+        if m.value == base.value:  # both may be zero, or infinite
+            continue
+        ratio = m.value / base.value if base.value else math.inf
         worst = max(worst, math.inf if ratio <= 0 else max(ratio, 1 / ratio))
         error = math.hypot(_known_error(m), _known_error(base))
         significant |= not abs(m.value - base.value) <= 3 * error + _ROUNDING * max(abs(base.value), abs(m.value))

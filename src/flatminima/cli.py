@@ -25,7 +25,7 @@ from flatminima.report import render
 from flatminima.report.terminal import audit_table, compare_table, measure_table
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
-from flatminima.study.settings import METHODS, CompareSettings, SettingsError
+from flatminima.study.settings import DEFAULT_EPOCHS, METHODS, CompareSettings, SettingsError
 from flatminima.study.store import StoreError, write_json, write_text
 from flatminima.study.target import Target, TargetError, load_target
 
@@ -55,7 +55,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _app(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Seek flat minima, measure flatness with error bars, judge whether the number means anything."""
 
@@ -71,7 +73,9 @@ def compare(
         str, typer.Option(help=f"Comma-separated; the others are compared to the first. Known: {', '.join(METHODS)}.")
     ] = ",".join(_DEFAULTS.methods),
     seeds: Annotated[int, typer.Option(help="Runs per method.")] = _DEFAULTS.seeds,
-    epochs: Annotated[int | None, typer.Option(help="Passes of SGD over the training set (default 60).")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help=f"Passes of SGD over the training set (default {DEFAULT_EPOCHS}).")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of SGD, instead of --epochs.")] = None,
     budget: Annotated[
         str, typer.Option(help="What is equal across methods: gradients (SAM takes half the steps) or steps.")
@@ -80,24 +84,33 @@ def compare(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = _DEFAULTS.lr,
     momentum: Annotated[float, typer.Option(help="Of SGD.")] = _DEFAULTS.momentum,
     weight_decay: Annotated[float, typer.Option(help="Of SGD.")] = _DEFAULTS.weight_decay,
-    schedule: Annotated[str, typer.Option(help="Learning rate: constant (as SWAD assumes) or cosine.")] = _DEFAULTS.schedule,
+    schedule: Annotated[
+        str, typer.Option(help="Learning rate: constant (as SWAD assumes) or cosine.")
+    ] = _DEFAULTS.schedule,
     rho: Annotated[float, typer.Option(help="Radius of SAM, and of SAM sharpness.")] = _DEFAULTS.rho,
-    tolerance: Annotated[float, typer.Option(help="Rise of the validation loss that ends SWAD's valley.")] = _DEFAULTS.tolerance,
+    tolerance: Annotated[
+        float, typer.Option(help="Rise of the validation loss that ends SWAD's valley.")
+    ] = _DEFAULTS.tolerance,
     train_size: Annotated[int | None, typer.Option(help="Training rows to keep (default all).")] = None,
     data_seed: Annotated[int, typer.Option(help="Seed of the split, the same for all runs.")] = _DEFAULTS.data_seed,
     measure_rows: Annotated[int, typer.Option(help="Training rows the measures see.")] = _DEFAULTS.measure_rows,
     audit_rows: Annotated[int, typer.Option(help="Training rows the audit sees.")] = _DEFAULTS.audit_rows,
-    audit_members: Annotated[int, typer.Option(help="Random members per symmetry; 0: no audit.")] = _DEFAULTS.audit_members,
+    audit_members: Annotated[
+        int, typer.Option(help="Random members per symmetry; 0: no audit.")
+    ] = _DEFAULTS.audit_members,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = _DEFAULTS.device,
     workers: Annotated[int | None, typer.Option(help="Processes (default: one per core, 1 on a GPU).")] = None,
-    out: Annotated[Path, typer.Option(help="Directory of the results; the same command resumes there.")] = Path("runs/compare"),
+    out: Annotated[Path, typer.Option(help="Directory of the results; the same command resumes there.")] = Path(
+        "runs/compare"
+    ),
 ) -> None:
     """Train with several methods, measure and audit the minima, and write a report."""
     settings = CompareSettings(
         data=data, model=model, methods=tuple(m.strip() for m in methods.split(",") if m.strip()), seeds=seeds,
         epochs=epochs, steps=steps, budget=budget, batch_size=batch_size, lr=lr, momentum=momentum,
         weight_decay=weight_decay, schedule=schedule, rho=rho, tolerance=tolerance, train_size=train_size,
-        data_seed=data_seed, measure_rows=measure_rows, audit_rows=audit_rows, audit_members=audit_members, device=str(_device(device)),
+        data_seed=data_seed, measure_rows=measure_rows, audit_rows=audit_rows, audit_members=audit_members,
+        device=str(_device(device)),
     )  # fmt: skip
     processes = workers if workers is not None else 1 if settings.device != "cpu" else os.cpu_count() or 1
     runs = len(settings.methods) * settings.seeds
@@ -120,13 +133,13 @@ def compare(
 
             results = run_compare(settings, out, workers=processes, progress=progress)
     except KeyboardInterrupt:
-        _err.print(f"Stopped. What is finished is kept in {out}; the same command goes on from there.", highlight=False)
+        _err.print(f"Stopped. What is finished is kept in {out}; the same command goes on from there.", highlight=False, markup=False)
         sys.exit(130)
     page = out / "report.html"
     write_text(page, render(results))
     _out.print(compare_table(results))
-    _out.print(str((out / "results.json").resolve()), highlight=False, soft_wrap=True)
-    _out.print(str(page.resolve()), highlight=False, soft_wrap=True)
+    _out.print(str((out / "results.json").resolve()), highlight=False, markup=False, soft_wrap=True)
+    _out.print(str(page.resolve()), highlight=False, markup=False, soft_wrap=True)
 
 
 _Reference = Annotated[str, typer.Argument(metavar="FILE.py:FUNCTION", help="Returns (model, loss_fn, data).")]
@@ -155,6 +168,7 @@ def measure(
 ) -> None:
     """Measure one minimum: each number with its error, its cost and the rescalings that leave it alone."""
     names = _names(measures)
+    _check_json(json_path)
     options = MeasureOptions(
         rho=rho, adaptive_rho=adaptive_rho, radius=radius, rtol=rtol, max_products=max_products, max_probes=max_probes
     )
@@ -178,6 +192,7 @@ def audit(
 ) -> None:
     """Judge which numbers survive reparameterisations that change no prediction."""
     names = _names(measures)
+    _check_json(json_path)
     target = _target(reference, checkpoint, device)
     report = run_audit(
         target.model, target.loss_fn, target.data, measures=names, members=members, max_scale=max_scale, seed=seed
@@ -223,7 +238,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _check_json(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        reason = "it is a directory" if path.is_dir() else f"there is no directory {path.parent}"
+        raise StoreError(f"--json {path} cannot be written: {reason}")
+
+
 def _save(path: Path | None, content: dict[str, Any]) -> None:
     if path is not None:
         write_json(path, json.loads(json.dumps(content), parse_constant=lambda _: None))
-        _out.print(str(path.resolve()), highlight=False, soft_wrap=True)
+        _out.print(str(path.resolve()), highlight=False, markup=False, soft_wrap=True)

@@ -30,6 +30,10 @@ class NonFiniteLossError(FloatingPointError):
     """The loss is NaN or infinite; the message names the batch."""
 
 
+class NonFiniteDerivativeError(NonFiniteLossError):
+    """The loss is finite but a derivative is NaN or infinite; the message names the parameters."""
+
+
 @dataclass
 class Evaluations:
     """Passes over the whole data set made so far, by kind.
@@ -85,7 +89,8 @@ class Objective:
     Raises:
         ObjectiveError: no data, no parameters, a loss that is not a scalar, that does not repeat, or that is not a mean
             over rows where the data are split.
-        NonFiniteLossError: NaN or infinite loss; the batch is named.
+        NonFiniteLossError: NaN or infinite loss; the batch is named. Its subclass NonFiniteDerivativeError, from the
+            methods: a derivative is NaN or infinite; the parameters are named.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -181,7 +186,8 @@ class Objective:
                 value = self._piece_loss(index, piece, leaves)
             share = piece.rows / self.rows
             total += share * self._finite(value, piece)
-            gradient.add_(self._flatten(_grad([value], leaves)), alpha=share)
+            found = self._flatten(_grad([value], leaves))
+            gradient.add_(self._finite_derivative(found, f"gradient of batch {piece.batch}"), alpha=share)
         self.evaluations.gradient += 1
         return total, gradient.to(self.dtype)
 
@@ -225,6 +231,8 @@ class Objective:
             raise ObjectiveError(
                 f"expected a vector ({self.n},) or a block ({self.n}, k), got a tensor of shape {tuple(vectors.shape)}"
             )
+        if not vectors.is_floating_point():
+            raise ObjectiveError(f"expected floating-point vectors, got {vectors.dtype}: convert them with .to(...)")
         block = vectors if vectors.dim() == 2 else vectors[:, None]
         block = block.to(device=self.device, dtype=self.dtype)
         columns = [[part.to(p.dtype) for part, p in self._parts(column)] for column in block.unbind(1)]
@@ -234,6 +242,7 @@ class Objective:
             for j, column in enumerate(columns):
                 total[:, j].add_(apply(column), alpha=piece.rows / self.rows)
         setattr(self.evaluations, kind, getattr(self.evaluations, kind) + len(columns))
+        self._finite_derivative(total.sum(1), kind)
         result = total.to(vectors.dtype)
         return result if vectors.dim() == 2 else result[:, 0]
 
@@ -318,7 +327,10 @@ class Objective:
         fast_path = torch.backends.mha.get_fastpath_enabled()
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), sdpa_kernel(SDPBackend.MATH):
-            torch.manual_seed(self.seed + index)
+            # torch.manual_seed would reseed every device of the machine, also those that fork_rng does not restore.
+            torch.default_generator.manual_seed(self.seed + index)
+            for device in cuda:
+                torch.cuda.default_generators[device.index].manual_seed(self.seed + index)
             try:
                 # The fused inference kernel of nn.MultiheadAttention rounds differently from the differentiable one.
                 torch.backends.mha.set_fastpath_enabled(False)
@@ -350,6 +362,16 @@ class Objective:
                 + (f"; the parameters {', '.join(bad)} hold NaN or infinity" if bad else "")
             )
         return number
+
+    def _finite_derivative(self, found: Tensor, what: str) -> Tensor:
+        if not bool(found.isfinite().all()):
+            parts = zip(self._names, self._unflatten(found), strict=True)
+            bad = [name for name, part in parts if not part.isfinite().all()]
+            raise NonFiniteDerivativeError(
+                f"the loss is finite but its {what} is NaN or infinite in {', '.join(bad)}; a square root or a norm at zero "
+                "has no derivative"
+            )
+        return found
 
     # ----- checks ----------------------------------------------------------------------------------------------------
 
@@ -490,7 +512,9 @@ def batches(data: Any) -> list[tuple[Any, Any]]:
     found = []
     for number, batch in enumerate([data] if is_pair else data):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ObjectiveError(f"every batch must be a pair (inputs, targets); batch {number} is {type(batch).__name__}")
+            raise ObjectiveError(
+                f"every batch must be a pair (inputs, targets); batch {number} is {type(batch).__name__}"
+            )
         found.append((tuple(batch[0]) if isinstance(batch[0], list) else batch[0], batch[1]))
     return found
 
@@ -515,7 +539,9 @@ def _count_rows(tree: Any) -> int:
         return _count_rows(next(iter(tree.values())))
     if isinstance(tree, tuple | list):
         return _count_rows(tree[0])
-    raise ObjectiveError(f"cannot count the rows of a {type(tree).__name__}; use tensors, or tuples or dictionaries of them")
+    raise ObjectiveError(
+        f"cannot count the rows of a {type(tree).__name__}; use tensors, or tuples or dictionaries of them"
+    )
 
 
 def _rows(tree: Any, rows: int, cut: slice) -> Any:

@@ -40,7 +40,9 @@ class Perturbation:
         return bool(self._moved)
 
     @torch.no_grad()
-    def move(self, tensors: Sequence[Tensor], directions: Sequence[Tensor], scale: float | Sequence[float] = 1.0) -> None:
+    def move(
+        self, tensors: Sequence[Tensor], directions: Sequence[Tensor], scale: float | Sequence[float] = 1.0
+    ) -> None:
         """``tensor += scale * direction``, in place, remembering the clean values.
 
         Args:
@@ -56,7 +58,9 @@ class Perturbation:
             raise RuntimeError("these tensors are already displaced: call restore() before the next move")
         scales = [scale] * len(tensors) if isinstance(scale, int | float) else list(scale)
         if not len(tensors) == len(directions) == len(scales):
-            raise ValueError(f"got {len(tensors)} tensors, {len(directions)} directions and {len(scales)} scales; expected equal")
+            raise ValueError(
+                f"got {len(tensors)} tensors, {len(directions)} directions and {len(scales)} scales; expected equal"
+            )
         targets = [t.detach() for t in tensors]
         if not targets:
             return

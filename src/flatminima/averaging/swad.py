@@ -429,12 +429,12 @@ class SWAD:
             yield f"Steps {self._evaluated + 1} to {self._step} are left out: no evaluation followed them."
         if self._infinite:
             steps = ", ".join(map(str, self._infinite[:3])) + (", ..." if len(self._infinite) > 3 else "")
-            yield f"{len(self._infinite)} evaluations were NaN or infinite (steps {steps}) and counted as +inf."
+            yield f"{len(self._infinite)} evaluation(s) were NaN or infinite (steps {steps}) and counted as +inf."
         if self._dropped:
             first, last, label = self._dropped[0]
             yield (
-                f"{len(self._dropped)} segments with non-finite weights were dropped and counted as bad evaluations; "
-                f"the first is steps {first} to {last}, in parameter {label}."
+                f"{len(self._dropped)} segment(s) held non-finite weights, were dropped and counted as bad "
+                f"evaluations; the first is steps {first} to {last}, in parameter {label}."
             )
 
     def _config(self) -> dict[str, Any]:

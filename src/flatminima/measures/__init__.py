@@ -1,10 +1,10 @@
 """Measure one number for one minimum, with its error, its cost and the symmetries under which it is invariant.
 
-Importing this package registers the measures it holds; :data:`MEASURES` lists them in the order they are computed.
+Importing this package registers the measures it holds; :data:`MEASURES` lists them in the order of the tables.
 """
 
+from flatminima.measures import adaptive, hessian, norms, sharpness
 from flatminima.measures.base import MEASURES, Measure, Measurement, MeasureOptions, Workbench, measure
-from flatminima.measures import hessian, norms, sharpness, adaptive  # isort: skip  # the order is the order of the tables
 
 __all__ = [
     "MEASURES",

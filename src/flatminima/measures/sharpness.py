@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flatminima.measures.base import Measurement, Workbench, register
-from flatminima.objective import NonFiniteLossError, Objective
+from flatminima.objective import NonFiniteDerivativeError, NonFiniteLossError, Objective
 
 
 @register(
@@ -55,8 +55,8 @@ def average_sharpness(bench: Workbench) -> Measurement:
 def ascend(name: str, bench: Workbench, scale: Tensor, radius: float) -> Measurement:
     r"""Rise of the loss over the ellipsoid :math:`\{T s : \lVert s \rVert_2 \le r\}`, :math:`T` = diag(``scale``), from below.
 
-    The generalised power method :math:`s \leftarrow r\, T g / \lVert T g\rVert` has no step size and, where the loss is convex in
-    the ball, never decreases it (Journee et al., 2010). It starts from the gradient and from a random direction, and stops
+    The generalised power method :math:`s \leftarrow r\, T g / \lVert T g\rVert` has no step size and, where the loss is convex
+    in the ball, never decreases it (Journee et al., 2010). It starts from the gradient and from a random direction, and stops
     when a step gains less than one part in a thousand; the best point counts, and the spread of the two starts is the error
     that can be given for a maximum that is only known from below.
     """
@@ -65,11 +65,12 @@ def ascend(name: str, bench: Workbench, scale: Tensor, radius: float) -> Measure
     start, gradient = objective.loss_and_gradient()
     generator = torch.Generator().manual_seed(bench.seed + 3)
     noise = torch.randn(objective.n, dtype=torch.float64, generator=generator).to(objective.device)
-    runs = [_climb(objective, w, start, scale, radius, first, options.ascent_steps) for first in (gradient * scale, noise)]
+    runs = [
+        _climb(objective, w, start, scale, radius, first, options.ascent_steps) for first in (gradient * scale, noise)
+    ]
     best = max(runs)
-    return Measurement(
-        name, best[0], best[0] - min(runs)[0], "lower bound, spread of starts", best[1], note=f"radius {radius:g}"
-    )
+    spread = best[0] - min(runs)[0] if math.isfinite(best[0]) else None
+    return Measurement(name, best[0], spread, "lower bound, spread of starts", best[1], note=f"radius {radius:g}")
 
 
 def _climb(
@@ -83,6 +84,8 @@ def _climb(
         at = w + (scale * direction * (radius / norm)).to(w.dtype)
         try:
             value, gradient = objective.loss_and_gradient(at)
+        except NonFiniteDerivativeError:
+            return best, False
         except NonFiniteLossError:
             return math.inf, True
         rise = value - start

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class SAM(torch.optim.Optimizer):
 
     Raises:
         TypeError: ``base_optimizer`` is not an optimiser instance.
-        ValueError: ``rho`` is negative or not finite.
+        ValueError: ``rho`` is negative or not finite, or the base has a hyperparameter of that name.
 
     A zero gradient leaves the weights where they are for the second pass. A NaN or infinite gradient, in
     either pass, skips the update and is counted in :attr:`skipped`. The weights are restored by copy into their own
@@ -64,12 +64,17 @@ class SAM(torch.optim.Optimizer):
             raise TypeError(f"SAM wraps an optimiser instance, got {given}.{hint}")
         if not (math.isfinite(rho) and rho >= 0):
             raise ValueError(f"rho is the radius of a ball and must be finite and >= 0, got {rho}")
+        if "rho" in base_optimizer.defaults:
+            raise ValueError(
+                f"{type(base_optimizer).__name__} already has a hyperparameter named rho: either a SAM wraps it already, "
+                "then build a fresh optimiser, or it means something else by it, as Adadelta does, then wrap another kind"
+            )
         self.base = base_optimizer
         self.skipped = 0
         self._model = model
         self._replay_rng = replay_rng
         self._perturbation = Perturbation()
-        base_optimizer.defaults.setdefault("rho", rho)
+        base_optimizer.defaults["rho"] = rho
         # Optimizer.__init__ starts from empty groups and state; hand it the base's and put the originals back.
         state, groups = base_optimizer.state, base_optimizer.param_groups
         super().__init__(groups, base_optimizer.defaults)
@@ -78,7 +83,7 @@ class SAM(torch.optim.Optimizer):
     # ----- one identity with the base ---------------------------------------------------------------------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimiser's groups, each with its own ``rho``."""
         return self.base.param_groups
 
@@ -87,7 +92,7 @@ class SAM(torch.optim.Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base optimiser's state."""
         return self.base.state
 
@@ -165,7 +170,9 @@ class SAM(torch.optim.Optimizer):
         # Half-precision norms overflow above 65504 and underflow near zero: sum the squares in single precision.
         if any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients):
             gradients = [g.float() for g in gradients]
-        norms = [n.to(gradients[0].device, torch.float32) for n in torch._foreach_norm(gradients)]
+        device = gradients[0].device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        norms = [n.to(device, wide) for n in torch._foreach_norm(gradients)]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def _evaluate(self, closure: Callable[[], Tensor]) -> Tensor:
@@ -181,7 +188,7 @@ class SAM(torch.optim.Optimizer):
                         "the closure returned a loss without gradient and computed none for the optimiser's parameters: "
                         "compute the loss inside the closure, from the model, with gradients enabled"
                     )
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
         return loss.detach()
 
     def _remember_random_state(self) -> None:
@@ -198,7 +205,7 @@ class SAM(torch.optim.Optimizer):
     @contextlib.contextmanager
     def _statistics_kept(self) -> Iterator[None]:
         modules = [] if self._model is None else [m for m in self._model.modules() if isinstance(m, _NormBase)]
-        buffers = [cast(Tensor, b) for m in modules for b in m.buffers(recurse=False)]
+        buffers = [b for m in modules for b in m.buffers(recurse=False)]
         saved = [b.clone() for b in buffers]
         try:
             yield

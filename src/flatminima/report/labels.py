@@ -24,6 +24,11 @@ def measure(results: Mapping[str, Any], name: str) -> str:
     return str((results.get("measures") or {}).get(name, {}).get("label") or name)
 
 
+def capitalised(label: str) -> str:
+    """The label with a capital first letter, unless it begins with a symbol such as ``w'Hw``."""
+    return label[:1].upper() + label[1:] if label[1:2].isalpha() else label
+
+
 def measures(results: Mapping[str, Any]) -> list[str]:
     """The names of the measures, in the order of the results; a name is in no list twice."""
     return list(results.get("measures") or {})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 MISSING = "–"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -107,6 +109,17 @@ def difference(value: object, low: object, high: object) -> str:
     return f"{text} × {_power(power)}" if power else text
 
 
+def change_factor(ratios: Mapping[str, Any], kind: str) -> float | None:
+    """Look up a change factor; JSON has no infinity, so a factor that is there but null is infinite.
+
+    >>> change_factor({"a": 2.0, "b": None}, "a"), change_factor({"a": 2.0, "b": None}, "b"), change_factor({}, "c")
+    (2.0, inf, None)
+    """
+    if kind in ratios and ratios[kind] is None:
+        return math.inf
+    return as_float(ratios.get(kind))
+
+
 def factor(ratio: object) -> str:
     """Write a change factor: three digits, more where it is within a percent of one.
 
@@ -116,4 +129,6 @@ def factor(ratio: object) -> str:
     number = as_float(ratio)
     if number is None:
         return MISSING
+    if math.isinf(number):
+        return "×∞"
     return "×" + (plain(number, 5) if abs(number - 1.0) < 0.01 else plain(number, 3))

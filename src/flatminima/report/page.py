@@ -37,7 +37,7 @@ class Key:
 
 
 def _drawing(panel: Panel) -> Drawing:
-    # Inside <script> only "</" and "<!--" can end or change the element: no "<" is left as it is.
+    # A "<" could end the script element. Plotly escapes it too, but promises that nowhere.
     encoded = str(panel.figure.to_json()).replace("<", "\\u003c")
     return Drawing(panel.title, panel.description, int(panel.figure.layout.height), Markup(encoded))
 
@@ -75,7 +75,7 @@ def _question(results: Mapping[str, Any]) -> str:
 def _cautions(results: Mapping[str, Any]) -> list[str]:
     """What a careful reader should know, beyond what the study itself says."""
     runs = results.get("runs") or []
-    cautions = [str(sentence) for sentence in results.get("details") or []]
+    cautions = [str(sentence) for sentence in results.get("cautions") or []]
     failed = sum(run.get("status") == "failed" for run in runs)
     if failed:
         cautions.append(

@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from flatminima.report import labels
-from flatminima.report.numbers import MISSING, as_finite, factor, plain, with_error
+from flatminima.report.numbers import MISSING, as_finite, change_factor, factor, plain, with_error
 from flatminima.report.panels import (
     Panel,
     Results,
@@ -40,17 +40,18 @@ def _estimates(
         label = safe(labels.method(summary["method"]))
         values = {run.get("seed"): as_finite(value_of(run)) for run in runs_of(results, names[index])}
         shown = {seed: value * scale for seed, value in values.items() if value is not None}
-        traces.append(
-            go.Scatter(
-                x=list(shown.values()),
-                y=[index + 0.22] * len(shown),
-                mode="markers",
-                marker=marker(index, 6) | {"opacity": 0.55},
-                name=f"{label}, runs",
-                text=[f"{label}, seed {safe(seed)}: {plain(value)}" for seed, value in shown.items()],
-                hovertemplate="%{text}<extra></extra>",
+        if shown:
+            traces.append(
+                go.Scatter(
+                    x=list(shown.values()),
+                    y=[index + 0.22] * len(shown),
+                    mode="markers",
+                    marker=marker(index, 6) | {"opacity": 0.55},
+                    name=f"{label}, runs",
+                    text=[f"{label}, seed {safe(seed)}: {plain(value)}" for seed, value in shown.items()],
+                    hovertemplate="%{text}<extra></extra>",
+                )
             )
-        )
         stat = stat_of(summary) or {}
         mean, low, high = (as_finite(stat.get(key)) for key in ("mean", "low", "high"))
         if mean is None:
@@ -79,7 +80,7 @@ def _estimates(
                 hovertemplate="%{text}<extra></extra>",
             )
         )
-    if not any(len(trace.x) for trace in traces):
+    if not traces:
         return []
     ticks = {"tickmode": "array", "tickvals": list(range(len(names)))}
     ticks["ticktext"] = [wrapped(labels.method(name), 14) for name in names]
@@ -91,7 +92,7 @@ def _estimates(
 
 
 def headline(results: Results) -> list[Panel]:
-    """The answer as a picture: test accuracy, and the first measure that says how flat a minimum is."""
+    """The answer as a picture: test accuracy, and the first measure of flatness, if possible one that survives the audit."""
     panels = _estimates(
         results,
         "Better? Test accuracy",
@@ -101,11 +102,13 @@ def headline(results: Results) -> list[Panel]:
         100.0,
     )
     directed = [n for n, entry in (results.get("measures") or {}).items() if entry.get("flatter_when") == "lower"]
+    verdicts = (results.get("audit") or {}).get("verdict") or {}
+    directed.sort(key=lambda name: verdicts.get(name) != "survives")
     if directed:
         name, label = directed[0], labels.measure(results, directed[0])
         panels += _estimates(
             results,
-            f"Flatter? {label[:1].upper()}{label[1:]}",
+            f"Flatter? {labels.capitalised(label)}",
             lambda summary: (summary.get("measures") or {}).get(name),
             lambda run: ((run.get("measures") or {}).get(name) or {}).get("value"),
             f"flatter ← {safe(label)}{_unit(results['measures'][name])}",
@@ -251,11 +254,11 @@ def accuracy_against_measures(results: Results) -> list[Panel]:
         scale = (
             log_axis(*log_range(shown, 0.1))
             if is_log(shown, 10.0)
-            else {"range": list(spread(shown, 0.1)), "nticks": 5}
+            else {"range": list(spread(shown, 0.1)), "nticks": 4}
         )
         x = axis(wrapped(label, 34) + _unit(entry), **scale)
         figure = drawn(traces, x, axis("test accuracy (%)", range=list(spread(accuracies, 0.1))), 260)
-        panels.append(Panel(figure, label[:1].upper() + label[1:], f"Test accuracy of every run against {label}."))
+        panels.append(Panel(figure, labels.capitalised(label), f"Test accuracy of every run against {label}."))
     return panels
 
 
@@ -265,14 +268,18 @@ def audit_heatmap(results: Results) -> list[Panel]:
     names, kinds = list(audit.get("measures") or []), list(audit.get("symmetries") or [])
     if not names or not kinds:
         return []
-    ratios = [
-        [as_finite(((audit.get("max_ratio") or {}).get(name) or {}).get(kind)) for kind in kinds] for name in names
+    ratios = [[change_factor((audit.get("max_ratio") or {}).get(name) or {}, kind) for kind in kinds] for name in names]
+    largest = max(finite(ratio for row in ratios for ratio in row), default=1.0)
+    logs = [
+        [abs(math.log10(min(ratio, largest))) if ratio is not None and ratio > 0 else None for ratio in row]
+        for row in ratios
     ]
-    logs = [[abs(math.log10(ratio)) if ratio is not None and ratio > 0 else None for ratio in row] for row in ratios]
     texts = [[MISSING if ratio is None else factor(ratio) for ratio in row] for row in ratios]
     rows = [wrapped(labels.measure(results, name), 20) for name in names]
     columns = [wrapped(labels.symmetry(kind), 12) for kind in kinds]
     known = finite(value for row in logs for value in row)
+    if not known:
+        return []
     heat = go.Heatmap(
         z=logs,
         x=list(range(len(kinds))),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import plotly.graph_objects as go
@@ -25,8 +25,6 @@ from flatminima.report.panels import (
     safe,
     spread,
 )
-
-Getter = Callable[[Mapping[str, Any]], Any]
 
 
 def training_curves(results: Results) -> list[Panel]:

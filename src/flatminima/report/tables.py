@@ -6,12 +6,23 @@ can compare them with ``results.json``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flatminima.report import labels
-from flatminima.report.numbers import MISSING, as_finite, as_float, difference, factor, integer, plain, with_error
+from flatminima.report.numbers import (
+    MISSING,
+    as_finite,
+    as_float,
+    change_factor,
+    difference,
+    factor,
+    integer,
+    plain,
+    with_error,
+)
 
 Results = Mapping[str, Any]
 
@@ -190,8 +201,9 @@ def run_table(results: Results) -> Table:
     for run in results.get("runs") or []:
         swad = run.get("swad") or {}
         window = MISSING
-        if swad.get("start_step") is not None and swad.get("end_step") is not None:
-            window = f"{swad['start_step']} to {swad['end_step']}"
+        start, end = as_finite(swad.get("start_step")), as_finite(swad.get("end_step"))
+        if start is not None and end is not None:
+            window = f"{start:.0f} to {end:.0f}"
         cells = [Cell(labels.method(run.get("method"))), Cell(str(run.get("seed", MISSING)))]
         cells += [Cell(str(run.get("status", MISSING)), tone="bad" if run.get("status") == "failed" else "")]
         cells += [_number_cell(run.get(key), integer(run.get(key))) for key in ("steps", "gradient_evaluations")]
@@ -286,8 +298,8 @@ def audit_rows_table(rows: Sequence[Mapping[str, Any]], symmetries: Sequence[str
         cells = [Cell(str(row.get("label") or row.get("measure")))]
         for kind in symmetries:
             note = "invariant by theorem" if kind in proven else ""
-            ratio = as_float(ratios.get(kind))
-            cells.append(Cell(factor(ratio), note, () if ratio is None else (ratio,)))
+            ratio = change_factor(ratios, kind)
+            cells.append(Cell(factor(ratio), note, () if ratio is None or math.isinf(ratio) else (ratio,)))
         verdict = str(row.get("verdict") or MISSING)
         cells.append(Cell(verdict, tone={"survives": "good", "changes": "bad"}.get(verdict, "")))
         table.append(tuple(cells))
@@ -331,9 +343,8 @@ def settings_table(results: Results) -> Table:
     """The settings of the command, as they were used."""
     rows = []
     for key, value in (results.get("settings") or {}).items():
-        text = (
-            ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else MISSING if value is None else str(value)
-        )
-        rows.append((Cell(str(key)), Cell(text)))
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        shown = [MISSING if part is None or part != part else str(part) for part in parts]  # NaN is no setting
+        rows.append((Cell(str(key)), Cell(", ".join(shown))))
     columns = (Column("Setting", numeric=False), Column("Value", numeric=False))
     return Table("settings", "Settings", columns, tuple(rows))

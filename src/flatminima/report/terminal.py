@@ -44,25 +44,29 @@ def rendered(table: Table) -> RichTable:
 
 
 def unrolled(table: Table) -> RichTable:
-    """Render a table of methods with one line per row and method, which fits into eighty columns."""
+    """Render a table of methods with the methods below each quantity, which fits into eighty columns."""
     output = _new(table.title)
-    for head in ("", "Method", "Mean ± error", "Difference to the first, 95% interval"):
-        output.add_column(head)
+    output.add_column("")
+    for head in ("Mean ± error", "Difference, 95% interval"):
+        output.add_column(head, no_wrap=True)
     for heading, *cells in table.rows:
+        output.add_row(_lines(heading), "", "")
         for index, (column, cell) in enumerate(zip(table.columns[1:], cells, strict=True)):
-            name = _lines(heading) if index == 0 else Text("")
             change = Text(cell.detail.removeprefix("Δ "))
             if cell.verdict:
                 change.append(f" {cell.verdict}", style=_STYLES[cell.tone])
-            method = Text(column.text).append(f" {column.detail}", style="dim")
-            output.add_row(name, method, Text(cell.text), change, end_section=index == len(cells) - 1)
+            output.add_row(Text(f"  {column.text}"), Text(cell.text), change, end_section=index == len(cells) - 1)
+    counts = "; ".join(f"{column.text}: {column.detail}" for column in table.columns[1:])
+    output.caption = Text(f"Differences are to {table.columns[1].text}. {counts}\n", style="dim")
+    output.caption_justify = "left"
     return output
 
 
 def compare_table(results: Mapping[str, Any]) -> RenderableType:
     """The page's answer, performance, flatness, audit and failed runs, for ``console.print``."""
     parts: list[RenderableType] = [Text(str(results.get("answer") or ""), style="bold")]
-    parts += [Text(f"• {sentence}") for sentence in results.get("details") or []]
+    for key in ("details", "cautions"):
+        parts += [Text(f"• {sentence}") for sentence in results.get(key) or []]
     parts.append(Text(""))
     for table in (tables.performance_table(results), tables.measure_table(results)):
         if table:

@@ -55,18 +55,26 @@ def _load_safetensors(model: nn.Module, path: Path) -> None:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is not a file of plain tensors, and reading a pickle can run any code its author put "
             "there. Save the weights alone, with safetensors.torch.save_model(model, 'w.safetensors') or "
-            f"torch.save(model.state_dict(), 'w.pt') ({str(error).splitlines()[0]})"
+            f"torch.save(model.state_dict(), 'w.pt') ({_first_line(error)})"
         ) from error
+    except OSError:
+        raise
+    except Exception as error:  # the reader meets the bytes of a damaged file with nearly every kind of error there is
+        raise CheckpointError(f"{path} is truncated, corrupt or no checkpoint: {_first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state_dict: names with tensors")
     return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

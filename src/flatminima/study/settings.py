@@ -66,8 +66,8 @@ class CompareSettings:
     tolerance: float = 0.3
     train_size: int | None = None
     data_seed: int = 0
-    measure_rows: int = 2000
-    audit_rows: int = 256
+    measure_rows: int = 1000
+    audit_rows: int = 128
     audit_members: int = 5
     device: str = "cpu"
 
@@ -95,7 +95,13 @@ class CompareSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingsError(f"{_flag(name)} must be at least {least}, got {value}")
-        for name, positive in (("lr", True), ("momentum", False), ("weight_decay", False), ("rho", False), ("tolerance", False)):
+        for name, positive in (
+            ("lr", True),
+            ("momentum", False),
+            ("weight_decay", False),
+            ("rho", False),
+            ("tolerance", False),
+        ):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
                 raise SettingsError(f"{_flag(name)} must be finite and {'> 0' if positive else '>= 0'}, got {value}")
@@ -127,7 +133,7 @@ class CompareSettings:
 
     def command(self) -> str:
         """The command line that makes these results."""
-        default = CompareSettings(device=self.device)
+        default = CompareSettings()
         words = ["flatminima compare"]
         for name, value in self.to_dict().items():
             if name in ("data", "model", "methods", "seeds") or value != default.to_dict()[name]:

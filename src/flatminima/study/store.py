@@ -62,24 +62,24 @@ class RunStore:
         write_json(self.runs / f"{run}.json", record)
 
     def _claim(self, settings: dict[str, Any]) -> None:
-        directory = self.directory
-        if directory.exists() and not directory.is_dir():
-            raise StoreError(f"{directory} is a file; --out must name a directory")
-        marker = directory / _MARKER
-        if marker.exists():
-            self._compare(self._read(marker), settings)
-        elif directory.exists() and any(directory.iterdir()):
-            raise StoreError(
-                f"{directory} is not empty and holds no comparison (no {_MARKER}); choose a new or an empty directory"
-            )
+        directory, marker = self.directory, self.directory / _MARKER
         try:
-            self.runs.mkdir(parents=True, exist_ok=True)
+            if directory.exists() and not directory.is_dir():
+                raise StoreError(f"{directory} is a file; --out must name a directory")
+            if marker.exists():
+                self._compare(self._read(marker), settings)
+            elif directory.exists() and any(not _is_partial_marker(path) for path in directory.iterdir()):
+                raise StoreError(
+                    f"{directory} is not empty and holds no comparison (no {_MARKER}); choose a new or an empty directory"
+                )
+            directory.mkdir(parents=True, exist_ok=True)
+            if not marker.exists():
+                write_json(marker, settings)  # before anything else, so that what a killed process leaves is resumed
+            self.runs.mkdir(exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.runs):
                 pass
         except OSError as error:
-            raise StoreError(f"cannot write to {directory}: {error.strerror or error}") from error
-        if not marker.exists():
-            write_json(marker, settings)
+            raise StoreError(f"cannot use {directory} for results: {error.strerror or error}") from error
 
     def _compare(self, found: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
         if not isinstance(found, dict):
@@ -102,9 +102,14 @@ class RunStore:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError:
+        except ValueError:
             return None  # cannot come from write_json; whatever it is, the run is not finished
         return content if isinstance(content, dict) else None
+
+
+def _is_partial_marker(path: Path) -> bool:
+    """What :func:`write_text` leaves when it is killed."""
+    return path.name.startswith(f".{_MARKER}.")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

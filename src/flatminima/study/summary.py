@@ -23,14 +23,14 @@ def summarise(settings: CompareSettings, splits: Splits, parameters: int, record
     runs = [_run(record) for record in records]
     methods = [_method(name, settings.methods[0], runs) for name in settings.methods]
     audit = _audit(settings, runs)
-    answer, details = _answer(settings, methods, audit)
     return {
         "schema": SCHEMA,
         "flatminima": flatminima.__version__,
         "command": settings.command(),
         "settings": settings.to_dict(),
-        "answer": answer,
-        "details": details,
+        "answer": _answer(settings, methods, audit),
+        "details": _details(methods),
+        "cautions": _cautions(settings, audit),
         "data": {
             "name": splits.name,
             "classes": list(splits.classes),
@@ -77,7 +77,9 @@ def _method(name: str, first: str, runs: Sequence[Record]) -> Record:
         entry[score] = interval(list(_values(mine, score).values()))
     entry["measures"] = {}
     for measure in MEASURES:
-        errors = [r["measures"][measure]["error"] for r in mine if r["measures"].get(measure, {}).get("error") is not None]
+        errors = [
+            r["measures"][measure]["error"] for r in mine if r["measures"].get(measure, {}).get("error") is not None
+        ]
         root_mean_square = math.sqrt(math.fsum(e * e for e in errors) / len(errors)) if errors else None
         entry["measures"][measure] = {**interval(list(_values(mine, measure).values())), "error": root_mean_square}
     entry["versus_first"] = None
@@ -134,65 +136,74 @@ def _audit(settings: CompareSettings, runs: Sequence[Record]) -> Record:
     }
 
 
-def _answer(settings: CompareSettings, methods: Sequence[Record], audit: Record) -> tuple[str, list[str]]:
+def _answer(settings: CompareSettings, methods: Sequence[Record], audit: Record) -> str:
     first, others = methods[0], methods[1:]
-    survivors = [m for m in MEASURES if audit["verdict"][m] == "survives" and MEASURES[m].flatter_when]
-    flatness = [m for m in MEASURES if MEASURES[m].flatter_when]
     if not first["n"] or not any(m["n"] for m in others):
-        reason = "there is nothing to compare it with" if first["n"] else f"every run of {first['method']} failed"
-        return f"No comparison: {reason}.", _details(settings, methods, audit)
-    judged = survivors or flatness
-    flatter = [m["method"] for m in others if all(_sign(m["versus_first"]["measures"][k]) == -1 for k in judged)]
-    sharper = [m["method"] for m in others if all(_sign(m["versus_first"]["measures"][k]) == 1 for k in judged)]
-    better = [m["method"] for m in others if _sign(m["versus_first"]["test_accuracy"]) == 1]
-    worse = [m["method"] for m in others if _sign(m["versus_first"]["test_accuracy"]) == -1]
-    basis = (
-        f"by every flatness number that survives a change of coordinates ({', '.join(MEASURES[m].label for m in survivors)})"
-        if survivors
-        else "by every flatness number, none of which was shown to survive a change of coordinates"
-    )
-    clauses = [f"{_list(flatter) if flatter else 'no method'} found flatter minima than {first['method']} {basis}"]
-    if sharper:
-        clauses.append(f"{_list(sharper)} found sharper ones")
-    on_test = f"{_list(better) if better else 'no method'} was better than {first['method']} on held-out data"
-    clauses.append(on_test + (f" and {_list(worse)} was worse" if worse else ""))
-    n = min(m["n"] for m in methods)
-    sentence = f"On {settings.data}, with {n} paired seed{'s' if n != 1 else ''}: {'; '.join(clauses)}."
+        reason = "there is nothing to compare it with" if first["n"] else f"every run of {_label(first)} failed"
+        return f"No comparison: {reason}."
+    n = min(m["n"] for m in methods if m["n"])
     if n < 2:
-        sentence = f"On {settings.data}: one finished seed per method gives no interval, so no difference can be claimed."
-    return sentence, _details(settings, methods, audit)
+        return f"On {settings.data}: one finished seed of a method gives no interval, so no difference can be claimed."
+    survivors = [m for m in MEASURES if audit["verdict"][m] == "survives" and MEASURES[m].flatter_when]
+    judged = survivors or [m for m in MEASURES if MEASURES[m].flatter_when]
+
+    def where(sign: int, names: Sequence[str]) -> str:
+        found = [m for m in others if all(_sign(m["versus_first"]["measures"][name]) == sign for name in names)]
+        return _list([_label(m) for m in found])
+
+    def tested(sign: int) -> str:
+        return _list([_label(m) for m in others if _sign(m["versus_first"]["test_accuracy"]) == sign])
+
+    basis = (
+        f"by every flatness number that survives a change of coordinates ({_list([MEASURES[m].label for m in survivors])})"
+        if survivors
+        else "by every flatness number, though none was shown to survive a change of coordinates"
+    )
+    flatter, sharper, better, worse = where(-1, judged), where(1, judged), tested(1), tested(-1)
+    clauses = [f"{flatter or 'no method'} found flatter minima than {_label(first)} {basis}"]
+    if sharper:
+        clauses.append(f"{sharper} found sharper ones")
+    clauses.append(f"{better or 'no method'} was better than {_label(first)} on held-out data")
+    if worse:
+        clauses[-1] += f", and {worse} was worse"
+    return f"On {settings.data}, with {n} paired seeds: {'; '.join(clauses)}."
 
 
-def _details(settings: CompareSettings, methods: Sequence[Record], audit: Record) -> list[str]:
+def _details(methods: Sequence[Record]) -> list[str]:
+    """The effect on held-out data, method by method, with its interval."""
     lines = []
     for m in methods[1:]:
         versus = m["versus_first"]["test_accuracy"]
-        if versus["low"] is None:
-            continue
-        seen = "" if _sign(versus) else ": no detectable difference"
-        lines.append(
-            f"{m['method']} minus {methods[0]['method']}, test accuracy: {100 * versus['difference']:+.2f} points, 95% interval "
-            f"[{100 * versus['low']:+.2f}, {100 * versus['high']:+.2f}], n={versus['n']}{seen}."
-        )
-    failed = [f"{m['failed']} of {m['method']}" for m in methods if m["failed"]]
-    if failed:
-        lines.append(f"Failed runs are left out of every mean: {', '.join(failed)}.")
+        if versus["low"] is not None:
+            low, middle, high = (_points(versus[key]) for key in ("low", "difference", "high"))
+            seen = "" if _sign(versus) else ": no detectable difference"
+            lines.append(
+                f"Test accuracy of {_label(m)} minus {_label(methods[0])}: {middle} points, 95% interval [{low}, {high}], "
+                f"n={versus['n']}{seen}."
+            )
+    return lines
+
+
+def _cautions(settings: CompareSettings, audit: Record) -> list[str]:
+    lines = []
     changing = [MEASURES[m].label for m in MEASURES if audit["verdict"][m] == "changes"]
     if changing:
         lines.append(
-            f"These numbers change when the weights are rescaled without changing any prediction: {', '.join(changing)}. "
+            f"These numbers change when the weights are rescaled without changing any prediction: {_list(changing)}. "
             "A difference in them alone is no evidence about the function."
         )
     if not audit["symmetries"]:
-        lines.append("No function-preserving rescaling was found or tested for this model, so no number was put to that test.")
+        lines.append(
+            "No function-preserving rescaling was found or tested for this model: no number was put to that test."
+        )
     if settings.schedule == "constant":
         lines.append(
             "All methods train with a constant learning rate, which SWAD assumes; averaging then also does what a decaying "
             "rate would do for the others (try --schedule cosine)."
         )
     lines.append(
-        f"Budget: equal {settings.budget}. Intervals are over seeds (initial weights and data order) on one split, each "
-        "comparison by itself, without correction for their number. The test set was used once, after training."
+        f"The budget is equal in {settings.budget}. Intervals are over seeds (initial weights and data order) on one split, "
+        "each comparison by itself, without correction for their number. The test set was used once, after training."
     )
     return lines
 
@@ -204,5 +215,13 @@ def _sign(difference: Record) -> int:
     return 1 if difference["low"] > 0 else -1 if difference["high"] < 0 else 0
 
 
+def _label(method: Record) -> str:
+    return str(method["method"]).upper()
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
 def _list(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""

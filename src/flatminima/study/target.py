@@ -69,5 +69,9 @@ def _module(path: Path) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
     return module

@@ -111,13 +111,15 @@ def _run(
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
         loss = float(optimizer.step(closure).detach())
         record.steps, record.gradient_evaluations = step + 1, (step + 1) * gradients_per_step(method)
         if not math.isfinite(loss):
             raise _Diverged(step, f"the training loss became {loss}")
+        if isinstance(optimizer, SAM) and optimizer.skipped:
+            raise _Diverged(step, "the gradient became NaN or infinite at the perturbed weights")
         if schedule is not None:
             schedule.step()
         window.append(loss)

@@ -8,7 +8,7 @@ divided by ``d``; no prediction changes. Collected in one diagonal matrix ``D``,
 
 Trace and largest eigenvalue of the Hessian are thus not properties of the function. Two kinds share their sites:
 
-* ``relu-layer-rescaling``: one ``d`` for a whole layer (papers/weakness.md, 3.1 and catalogue entry L);
+* ``relu-layer-rescaling``: one ``d`` for a whole layer;
 * ``relu-unit-rescaling``: one ``d`` for each unit or channel (entry N; entry BNa where batch norm comes in between).
 
 Source: Dinh, Pascanu, Bengio, Bengio, "Sharp minima can generalize for deep nets", 2017 (arXiv 1703.04933).
@@ -348,11 +348,12 @@ def _reduced(
 ) -> _Layout:
     """The layout behind an operation that combines elements along consecutive `axes` only."""
     first, last = axes[0], axes[-1]
-    if axes == tuple(range(first, last + 1)) and math.prod(before) and math.prod(after):
+    if axes == tuple(range(first, last + 1)) and 0 not in before and 0 not in after:
         tail = math.prod(before[first:])
         if layout.run % tail == 0:  # the axes lie inside the units: each unit keeps to itself, with fewer elements
-            leading: int = math.prod(before[:first])
+            leading = math.prod(before[:first])
             return _Layout(layout.units, layout.run // tail * (math.prod(after) // leading))
-        if math.prod(before[last + 1 :]) % (layout.units * layout.run) == 0:  # the axes lie outside: samples, positions
+        behind = math.prod(before[last + 1 :])
+        if behind % (layout.units * layout.run) == 0:  # the axes lie outside: rows, positions
             return layout
     raise _RefusedError(f"{network.describe(node)} mixes its units")

@@ -1,0 +1,46 @@
+"""Quadratic objectives: every measure, eigenvalue and trace of theirs is known in closed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flatminima import Objective
+
+
+class Point(nn.Module):
+    """A single parameter vector ``w``, given back for every row."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(start.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w.expand(len(x), -1)
+
+
+def quadratic(
+    hessian: Tensor, start: Tensor | None = None, slope: Tensor | None = None, *, rows: int = 1, check: bool = False
+) -> Objective:
+    """``L(w) = w'Aw/2 + b'w`` at ``w = start`` (zero by default), with ``b = slope`` (zero by default)."""
+    zero = torch.zeros(len(hessian), dtype=hessian.dtype)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        bend = ((output @ hessian) * output).sum(1) / 2
+        return (bend + output @ (zero if slope is None else slope)).mean()
+
+    model = Point(zero if start is None else start)
+    return Objective(model, loss, (torch.zeros(rows, 1), torch.zeros(rows)), check=check)
+
+
+def rotation(n: int, seed: int) -> Tensor:
+    """A random orthogonal matrix, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
+
+
+def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
+    """A random symmetric matrix with these eigenvalues."""
+    q = rotation(len(values), seed)
+    matrix = q @ torch.diag(values.double()) @ q.T
+    return (matrix + matrix.T) / 2
