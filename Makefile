@@ -21,7 +21,7 @@ help:
 	@echo "make test     ruff, mypy --strict and pytest"
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   rewrite the code as ruff wants it"
-	@echo "make bench    time flatminima and its peers (installs the bench extra)"
+	@echo "make bench    run the benchmarks, one file per claim"
 	@echo "make clean    remove .venv and the caches; results in runs/ stay"
 
 env: $(VENV)/installed
@@ -41,11 +41,6 @@ $(VENV)/installed: pyproject.toml requirements.lock
 	@$(BIN)/python -m pip --disable-pip-version-check check
 	@touch $@
 
-$(VENV)/installed-bench: $(VENV)/installed
-	@echo "installing the packages that the benchmarks compare with"
-	@$(PIP) --no-build-isolation --editable '.[dev,bench]'
-	@touch $@
-
 demo: env
 	$(BIN)/flatminima compare --data digits --methods sgd,sam,swad,sam+swad --seeds 5 --out runs/digits
 
@@ -61,9 +56,8 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/installed-bench
-	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo 'no benchmarks/bench_*.py yet: CONTRIBUTING.md says what belongs there'; exit 1; }
-	$(BIN)/python -m pytest benchmarks --override-ini 'python_files=bench_*.py' --override-ini timeout=0 --benchmark-only
+bench: env
+	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -137,9 +137,9 @@ def test_loss_and_gradient_match_plain_autograd(case: Case) -> None:
     theta = case.point.clone().requires_grad_()
     loss = dense_loss(case.model, theta, case.x, case.y)
     (gradient,) = torch.autograd.grad(loss, theta)
-    assert f.loss() == pytest.approx(float(loss), rel=1e-12)
+    assert f.loss() == pytest.approx(loss.item(), rel=1e-12)
     assert relative(f.gradient(), gradient) < 1e-12
-    assert f.loss_and_gradient()[0] == pytest.approx(float(loss), rel=1e-12)
+    assert f.loss_and_gradient()[0] == pytest.approx(loss.item(), rel=1e-12)
     assert torch.equal(f.point(), case.point)
 
 
@@ -253,8 +253,8 @@ def test_a_loss_linear_in_the_parameters_has_zero_curvature() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_sum_over_batches_does_not_drift_in_low_precision(dtype: torch.dtype) -> None:
-    f = quadratic(torch.eye(2, dtype=dtype), torch.ones(2, dtype=dtype), rows=4000)
-    f = Objective(f.model, f.loss_fn, (torch.zeros(4000, 1), torch.zeros(4000)), micro_batch=1, check=False)
+    f = quadratic(torch.eye(2, dtype=dtype), torch.ones(2, dtype=dtype), rows=600)
+    f = Objective(f.model, f.loss_fn, (torch.zeros(600, 1), torch.zeros(600)), micro_batch=1, check=False)
     assert f.gradient().tolist() == [1.0, 1.0]
     assert f.hvp(torch.tensor([1.0, 0.0])).tolist() == [1.0, 0.0]
     assert f.hvp(torch.tensor([1.0, 0.0])).dtype == torch.float32  # that of the vector
@@ -337,7 +337,7 @@ def touch(f: Objective) -> None:
     f.loss(), f.gradient(), f.hvp(v), f.ggnvp(v), f.loss(f.point() + 1), f.hvp(v, f.point() + 1)
 
 
-@pytest.mark.parametrize("micro_batch", [None, 3])
+@pytest.mark.parametrize("micro_batch", [None, 4])
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_model_is_bit_identical_afterwards(mode: str, micro_batch: int | None) -> None:
     model = busy_model()
@@ -643,18 +643,26 @@ def test_gauss_newton_needs_one_output_tensor() -> None:
         f.ggnvp(torch.ones(f.n))
 
 
-def test_an_operation_without_a_second_derivative_is_named() -> None:
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x**2
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
 
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            return 2 * ctx.saved_tensors[0] * g
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
 
-    f = Objective(MODEL, lambda out, y: Once.apply(out).mean(), (X, Y))
-    with pytest.raises(RuntimeError, match="once_differentiable|second derivative"):
+
+def sampled(out: Tensor, y: Tensor) -> Tensor:
+    picture = torch.arange(16.0, dtype=out.dtype).view(1, 1, 4, 4)
+    return F.grid_sample(picture, out.tanh().view(1, len(out), 1, 2), align_corners=True).mean()
+
+
+@pytest.mark.parametrize("loss", [sampled, lambda out, y: (Once.apply(out) ** 2).mean()], ids=["grid_sample", "own"])
+def test_an_operation_without_a_second_derivative_is_named(loss: Loss) -> None:
+    f = Objective(MODEL, loss, (X, Y))
+    f.gradient()
+    with pytest.raises(ObjectiveError, match="no second derivative .*ggnvp"):
         f.hvp(torch.ones(f.n, dtype=torch.float64))

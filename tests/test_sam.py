@@ -66,7 +66,7 @@ def reference(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float, mom
             for p, w, v, g in zip(parameters, clean, velocity, gradient, strict=True):
                 v.mul_(momentum).add_(g)
                 p.copy_(w - lr * v)
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 

@@ -274,9 +274,10 @@ class Objective:
             try:
                 return self._flatten(_grad(gradients, leaves, vector, retain_graph=True))
             except RuntimeError as error:
-                if "derivative" in str(error) and "not implemented" in str(error):
+                text = str(error)
+                if ("derivative" in text and "not implemented" in text) or "once_differentiable" in text:
                     raise ObjectiveError(
-                        f"an operation of the model has no second derivative ({str(error).splitlines()[0]}); use an "
+                        f"an operation of the model has no second derivative ({text.splitlines()[0]}); use an "
                         "implementation of it made of differentiable operations, or ggnvp, which needs the first only"
                     ) from error
                 raise

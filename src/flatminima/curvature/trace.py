@@ -78,6 +78,11 @@ def trace(
     exact, basis = 0.0, None
     if deflate is not None:
         exact, basis = float(deflate.diagonal.sum()), deflate.basis
+        if basis.shape[0] != objective.n:
+            raise ValueError(
+                f"deflate belongs to an objective of {basis.shape[0]} parameters, this one has {objective.n}; pass the "
+                "result of top_eigenpair for the same objective"
+            )
         if basis.shape[1] == objective.n:
             return TraceResult(exact, 0.0, True, 0, 0)
     generator = torch.Generator().manual_seed(seed)

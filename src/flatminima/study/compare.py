@@ -70,8 +70,10 @@ def compare(
     Raises:
         DataError, StoreError: before any work is spent.
 
-    Example:
-        >>> compare(CompareSettings(methods=("sgd", "sam"), seeds=2, steps=100), Path("runs/try"))  # doctest: +SKIP
+    Example (worker processes import the calling script, so it needs its ``__main__`` guard)::
+
+        if __name__ == "__main__":
+            compare(CompareSettings(methods=("sgd", "sam"), seeds=2, steps=100), Path("runs/try"))
     """
     splits = _splits(settings)  # refuses bad data before the directory is touched
     store = RunStore(directory, settings.to_dict())

@@ -119,7 +119,7 @@ def _run(
         if not math.isfinite(loss):
             raise _Diverged(step, f"the training loss became {loss}")
         if isinstance(optimizer, SAM) and optimizer.skipped:
-            raise _Diverged(step, "the gradient became NaN or infinite at the perturbed weights")
+            raise _Diverged(step, "a gradient became NaN or infinite")
         if schedule is not None:
             schedule.step()
         window.append(loss)
