@@ -83,7 +83,9 @@ def test_a_pickle_is_refused_with_the_reason_and_not_run(tmp_path: Path, name: s
         (tmp_path / name).write_bytes(pickle.dumps(content))
     else:
         torch.save(content, tmp_path / name, _use_new_zipfile_serialization=how == "torch")
-    with pytest.raises(CheckpointError, match=r"refused: .*reading a pickle can run any code.*safetensors\.torch\.save_m"):
+    with pytest.raises(
+        CheckpointError, match=r"refused: .*reading a pickle can run any code.*safetensors\.torch\.save_m"
+    ):
         load_weights(net(), tmp_path / name)
     assert not sprung.exists()
     torch.load(tmp_path / name, weights_only=False) if how != "pickle" else pickle.loads((tmp_path / name).read_bytes())

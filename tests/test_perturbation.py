@@ -76,10 +76,15 @@ def test_special_values_survive(dtype: torch.dtype) -> None:
 
 def test_an_exception_passes_through_and_restores() -> None:
     w = nn.Parameter(torch.ones(3))
-    with pytest.raises(KeyError), Perturbation() as away:
-        away.move([w], [torch.ones(3)], 1.0)
-        assert w.tolist() == [2.0, 2.0, 2.0]
-        raise KeyError
+
+    def interrupted() -> None:
+        with Perturbation() as away:
+            away.move([w], [torch.ones(3)], 1.0)
+            assert w.tolist() == [2.0, 2.0, 2.0]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert w.tolist() == [1.0, 1.0, 1.0]
     assert w.grad is None
     assert w.requires_grad

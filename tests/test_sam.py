@@ -49,7 +49,9 @@ def equal(a: Any, b: Any) -> bool:
 # ----- the trajectory -------------------------------------------------------------------------------------------------
 
 
-def reference(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float, momentum: float, rho: float) -> list[float]:
+def reference(
+    model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float, momentum: float, rho: float
+) -> list[float]:
     """Foret et al. (2021), algorithm 1, with momentum, written plainly."""
     parameters, losses = list(model.parameters()), []
     velocity = [torch.zeros_like(p) for p in parameters]
@@ -147,7 +149,9 @@ def test_the_perturbed_block_can_be_used_alone() -> None:
     F.cross_entropy(model(x), y).backward()
     before = weights(model)
     with opt.perturbed() as norm:
-        there = math.sqrt(sum(float(((p - w) ** 2).sum()) for p, w in zip(model.parameters(), before, strict=True)))
+        there = math.sqrt(
+            sum(float(((p.detach() - w) ** 2).sum()) for p, w in zip(model.parameters(), before, strict=True))
+        )
     assert norm == pytest.approx(math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters())), rel=1e-12)
     assert there == pytest.approx(0.25, rel=1e-12)
     assert equal(weights(model), before)
@@ -315,7 +319,9 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(base: Base) -> None:
     train(*second, 6)
     assert equal(weights(second[0]), weights(straight[0]))
     assert equal(second[1].state_dict(), straight[1].state_dict())
-    assert straight[1].param_groups[0]["lr"] == pytest.approx(base([nn.Parameter(torch.ones(1))]).param_groups[0]["lr"] / 8)
+    assert straight[1].param_groups[0]["lr"] == pytest.approx(
+        base([nn.Parameter(torch.ones(1))]).param_groups[0]["lr"] / 8
+    )
 
 
 @pytest.mark.parametrize("base", [sgd, adamw])
@@ -422,14 +428,18 @@ def test_a_radius_that_is_none_is_refused(rho: float) -> None:
 
 
 def test_a_class_instead_of_an_instance_is_refused() -> None:
-    with pytest.raises(TypeError, match="an optimiser instance, got SGD.*Build it first"):
+    with pytest.raises(TypeError, match=r"an optimiser instance, got SGD.*Build it first"):
         SAM(torch.optim.SGD, rho=0.1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got generator"):
         SAM(net().parameters())  # type: ignore[arg-type]
 
 
 def test_a_base_that_uses_the_name_rho_is_refused() -> None:
-    for base in (torch.optim.Adadelta(net().parameters()), SAM(sgd(net().parameters())), SAM(sgd(net().parameters())).base):
+    for base in (
+        torch.optim.Adadelta(net().parameters()),
+        SAM(sgd(net().parameters())),
+        SAM(sgd(net().parameters())).base,
+    ):
         before = copy.deepcopy(base.param_groups[0]["rho"])
         with pytest.raises(ValueError, match="already has a hyperparameter named rho"):
             SAM(base, rho=0.3)

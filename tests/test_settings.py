@@ -63,7 +63,9 @@ def test_settings_survive_json_and_their_command(
     assert CompareSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     program, job, *words = shlex.split(settings.command())
     assert (program, job) == ("flatminima", "compare")
-    said = {flag.removeprefix("--").replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    said = {
+        flag.removeprefix("--").replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)
+    }
     kinds = {**CompareSettings().to_dict(), "steps": 0, "epochs": 0, "train_size": 0}
     read = {name: value.split(",") if name == "methods" else type(kinds[name])(value) for name, value in said.items()}
     assert CompareSettings.from_dict({**CompareSettings().to_dict(), **read}) == settings

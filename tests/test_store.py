@@ -104,7 +104,7 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(StoreError, match="file is a file; --out must name a directory"):
         RunStore(tmp_path / "file", SETTINGS)
-    with pytest.raises(StoreError, match="cannot use .*file/below for results: Not a directory"):
+    with pytest.raises(StoreError, match=r"cannot use .*file/below for results: Not a directory"):
         RunStore(tmp_path / "file" / "below", SETTINGS)
     assert tree(tmp_path) == {"file": b"mine"}
 
@@ -112,8 +112,8 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
 def test_an_unwritable_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StoreError, match="for results: File name too long"):
         RunStore(tmp_path / ("n" * 300), SETTINGS)
+    (tmp_path / "odd" / "settings.json").mkdir(parents=True)
     with pytest.raises(StoreError, match="for results: Is a directory"):
-        (tmp_path / "odd" / "settings.json").mkdir(parents=True)
         RunStore(tmp_path / "odd", SETTINGS)
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -121,7 +121,7 @@ def test_an_unwritable_directory_is_refused(tmp_path: Path, monkeypatch: pytest.
 
     # By patching and not by chmod: the superuser may write everywhere.
     monkeypatch.setattr(tempfile, "mkstemp", refuse)
-    with pytest.raises(StoreError, match="cannot use .*new for results: Permission denied"):
+    with pytest.raises(StoreError, match=r"cannot use .*new for results: Permission denied"):
         RunStore(tmp_path / "new", SETTINGS)
 
 
@@ -140,7 +140,7 @@ def test_changed_settings_are_refused_with_both_values(tmp_path: Path) -> None:
     RunStore(tmp_path, {**SETTINGS, "methods": ("sgd", "sam")})  # a tuple is a list in JSON
 
 
-def test_what_a_kill_leaves_at_the_very_start_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_kill_leaves_at_the_very_start_is_resumed(tmp_path: Path) -> None:
     """The kill can come between any two steps of claiming the directory."""
     steps = ["mkdir", "replace", "runs", "probe"]
     for step in steps:

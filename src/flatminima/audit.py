@@ -23,6 +23,7 @@ from flatminima.symmetries import find_symmetries, prove
 
 # Numbers that must agree exactly are compared with this relative slack for double-precision rounding.
 _ROUNDING = 1e-6
+RESOLVED = 2.0  # a measure whose error hides a change by this factor has not been shown to survive
 _PROBE_ROWS = 64  # of the first batch, to find the symmetries
 _PROOF_ROWS = 1024  # of the first batch, to prove every member
 
@@ -66,7 +67,7 @@ class AuditReport:
 
     @property
     def verdicts(self) -> dict[str, str]:
-        """Measure -> "survives", "changes up to x...", or "not tested" where no symmetry was found."""
+        """Measure -> "survives", "changes up to x...", "undecided: ..." or "not tested" where no symmetry was found."""
         return {name: self._verdict(name) for name in self.measurements}
 
     def max_ratio(self) -> dict[str, dict[str, float]]:
@@ -120,7 +121,8 @@ class AuditReport:
             return "not tested"
         moved = [c for c in mine if c.significant]
         if not moved:
-            return "survives"
+            widest = max(c.max_ratio for c in mine)
+            return "survives" if widest < RESOLVED else f"undecided: x{widest:.3g} is within its error"
         worst = max(c.max_ratio for c in moved)
         factor = "sign changes" if math.isinf(worst) else f"changes up to x{worst:.3g}"
         broken = [c.symmetry for c in moved if c.symmetry in MEASURES[name].invariant_under]
@@ -219,7 +221,8 @@ def _change(name: str, kind: str, base: Measurement, moved: list[Measurement]) -
         ratio = m.value / base.value if base.value else math.inf
         worst = max(worst, math.inf if ratio <= 0 else max(ratio, 1 / ratio))
         error = math.hypot(_known_error(m), _known_error(base))
-        significant |= not abs(m.value - base.value) <= 3 * error + _ROUNDING * max(abs(base.value), abs(m.value))
+        slack = 3 * error + _ROUNDING * max(abs(base.value), abs(m.value))
+        significant |= not (math.isfinite(slack) and abs(m.value - base.value) <= slack)
     return Change(name, kind, tuple(m.value for m in moved), worst, significant)
 
 

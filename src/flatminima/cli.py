@@ -112,6 +112,8 @@ def compare(
         data_seed=data_seed, measure_rows=measure_rows, audit_rows=audit_rows, audit_members=audit_members,
         device=str(_device(device)),
     )  # fmt: skip
+    if workers is not None and workers < 1:
+        raise SettingsError(f"--workers must be at least 1, got {workers}")
     processes = workers if workers is not None else 1 if settings.device != "cpu" else os.cpu_count() or 1
     runs = len(settings.methods) * settings.seeds
     done: dict[str, float] = {}
@@ -119,21 +121,27 @@ def compare(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
+    bar = Progress(*columns, console=_err)
+    task = bar.add_task(f"{runs} runs", total=runs)
+
+    def progress(run: str, fraction: float) -> None:
+        bar.start()  # not before the first report: a refusal is one line
+        done[run] = max(fraction, done.get(run, 0.0))
+        finished = sum(f >= 1 for f in done.values())
+        running = [name for name, f in done.items() if 0 < f < 1]
+        bar.update(task, completed=sum(done.values()), description=f"{finished}/{runs} runs  {' '.join(running[:3])}")
+
     try:
-        with Progress(*columns, console=_err) as bar:
-            task = bar.add_task(f"{runs} runs", total=runs)
-
-            def progress(run: str, fraction: float) -> None:
-                done[run] = max(fraction, done.get(run, 0.0))
-                finished = sum(f >= 1 for f in done.values())
-                running = [name for name, f in done.items() if f < 1]
-                bar.update(
-                    task, completed=sum(done.values()), description=f"{finished}/{runs} runs  {' '.join(running[:3])}"
-                )
-
+        try:
             results = run_compare(settings, out, workers=processes, progress=progress)
+        finally:
+            if bar.live.is_started:
+                bar.stop()
     except KeyboardInterrupt:
-        _err.print(f"Stopped. What is finished is kept in {out}; the same command goes on from there.", highlight=False, markup=False)
+        _err.print(
+            f"Stopped. What is finished is kept in {out}; the same command goes on from there.",
+            highlight=False, markup=False,
+        )  # fmt: skip
         sys.exit(130)
     page = out / "report.html"
     write_text(page, render(results))

@@ -142,6 +142,7 @@ class Objective:
         self._pieces = _pieces(data, micro_batch)
         self.rows = sum(piece.rows for piece in self._pieces)
         self._kept: _KeptGraph | None = None
+        self._differentiable = False
         if check:
             self._check()
 
@@ -240,7 +241,12 @@ class Objective:
         for index, piece in enumerate(self._pieces):
             apply = self._linearised(index, piece, theta, product, kind)
             for j, column in enumerate(columns):
-                total[:, j].add_(apply(column), alpha=piece.rows / self.rows)
+                try:
+                    total[:, j].add_(apply(column), alpha=piece.rows / self.rows)
+                except RuntimeError as error:
+                    if "derivative" in str(error) and "not implemented" in str(error):
+                        raise _no_second_derivative(str(error).splitlines()[0]) from error
+                    raise
         setattr(self.evaluations, kind, getattr(self.evaluations, kind) + len(columns))
         self._finite_derivative(total.sum(1), kind)
         result = total.to(vectors.dtype)
@@ -268,19 +274,12 @@ class Objective:
         with torch.enable_grad():
             value = self._piece_loss(index, piece, leaves)
         self._finite(value, piece)
-        gradients = _grad([value], leaves, create_graph=True)
+        gradients = _grad([value], leaves, [_one(value)], create_graph=True)
+
+        self._refuse_once_differentiable(gradients)
 
         def apply(vector: list[Tensor]) -> Tensor:
-            try:
-                return self._flatten(_grad(gradients, leaves, vector, retain_graph=True))
-            except RuntimeError as error:
-                text = str(error)
-                if ("derivative" in text and "not implemented" in text) or "once_differentiable" in text:
-                    raise ObjectiveError(
-                        f"an operation of the model has no second derivative ({text.splitlines()[0]}); use an "
-                        "implementation of it made of differentiable operations, or ggnvp, which needs the first only"
-                    ) from error
-                raise
+            return self._flatten(_grad(gradients, leaves, vector, retain_graph=True))
 
         return apply
 
@@ -294,11 +293,12 @@ class Objective:
             at_output = output.detach().requires_grad_()
             value = self.loss_fn(at_output, _to(piece.targets, self.device))
         self._finite(value, piece)
-        (slope,) = _grad([value], [at_output], create_graph=True)
+        (slope,) = _grad([value], [at_output], [_one(value)], create_graph=True)
         # J v without forward mode: u -> J'u is linear, and J v is the gradient of <J'u, v> in u.
         with torch.enable_grad():
             dummy = torch.zeros_like(output, requires_grad=True)
         pulled = _grad([output], leaves, [dummy], create_graph=True)
+        self._refuse_once_differentiable([slope, *pulled])
 
         def apply(vector: list[Tensor]) -> Tensor:
             (pushed,) = _grad(pulled, [dummy], vector, retain_graph=True)
@@ -306,6 +306,20 @@ class Objective:
             return self._flatten(_grad([output], leaves, [curved], retain_graph=True))
 
         return apply
+
+    def _refuse_once_differentiable(self, tensors: Sequence[Tensor]) -> None:
+        # Asked for the gradient in some inputs, autograd drops the node that stands for the missing derivative in silence.
+        if self._differentiable:
+            return
+        seen, waiting = set(), [t.grad_fn for t in tensors]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                if type(node).__name__ == "Error":
+                    raise _no_second_derivative("a torch.autograd.Function marked once_differentiable")
+                waiting += [following for following, _ in node.next_functions]
+        self._differentiable = True
 
     # ----- one evaluation --------------------------------------------------------------------------------------------
 
@@ -465,6 +479,18 @@ def _state(model: nn.Module, clone: bool = True) -> dict[str, Tensor]:
 def _differences(old: dict[str, Tensor], new: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     for name, tensor in old.items():
         yield name, tensor, new[name]
+
+
+def _one(value: Tensor) -> Tensor:
+    """The seed of a backward pass whose graph is kept; a variable, or a once-differentiable function would pass for linear."""
+    return torch.ones_like(value).requires_grad_()
+
+
+def _no_second_derivative(what: str) -> ObjectiveError:
+    return ObjectiveError(
+        f"an operation of the model or the loss has no second derivative ({what}); use an implementation of it made of "
+        "differentiable operations"
+    )
 
 
 def _grad(

@@ -80,8 +80,7 @@ def compare(
     jobs = [RunJob(settings, directory, method, seed) for method in settings.methods for seed in range(settings.seeds)]
     left = [job for job in jobs if store.finished(job.name) is None]
     for job in jobs:
-        if job not in left:
-            progress(job.name, 1.0)
+        progress(job.name, 0.0 if job in left else 1.0)
     run_jobs(execute, left, workers=workers, progress=lambda index, fraction: progress(left[index].name, fraction))
     records = [record for job in jobs if (record := store.finished(job.name)) is not None]
     network = models.build(settings.model, splits.input_shape, splits.classes, seed=0)

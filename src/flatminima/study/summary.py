@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flatminima
+from flatminima.audit import RESOLVED
 from flatminima.data import Splits
 from flatminima.measures import MEASURES
 from flatminima.study.settings import CompareSettings
@@ -14,6 +15,8 @@ from flatminima.study.statistics import interval, paired
 
 SCHEMA = 1
 _SCORES = ("test_accuracy", "test_loss", "train_loss", "generalisation_gap")
+
+_VERDICTS = ("not tested", "survives", "undecided", "changes")  # the worst of several cells counts
 
 Record = dict[str, Any]
 
@@ -114,15 +117,14 @@ def _audit(settings: CompareSettings, runs: Sequence[Record]) -> Record:
     audited = [r for r in runs if r["audit"]]
     symmetries = sorted({kind for r in audited for kind in r["proofs"]})
     ratios: dict[str, dict[str, float | None]] = {m: {} for m in MEASURES}
-    moved: dict[str, bool] = {}
+    verdict = dict.fromkeys(MEASURES, "not tested")
     for name in MEASURES:
         for kind in symmetries:
             cells = [r["audit"][name][kind] for r in audited if kind in r["audit"].get(name, {})]
             if cells:
                 factors = [c["max_ratio"] for c in cells]
                 ratios[name][kind] = None if None in factors else max(factors)
-                moved[name] = moved.get(name, False) or any(c["significant"] for c in cells)
-    verdict = {m: ("changes" if moved[m] else "survives") if m in moved else "not tested" for m in MEASURES}
+                verdict[name] = max(verdict[name], *map(_verdict, cells), key=_VERDICTS.index)
     rejected = sorted({tuple(pair) for r in audited for pair in r["rejected"]})
     return {
         "symmetries": symmetries,
@@ -134,6 +136,12 @@ def _audit(settings: CompareSettings, runs: Sequence[Record]) -> Record:
         "members": settings.audit_members,
         "rows": settings.audit_rows,
     }
+
+
+def _verdict(cell: Record) -> str:
+    if cell["significant"]:
+        return "changes"
+    return "survives" if cell["max_ratio"] is not None and cell["max_ratio"] < RESOLVED else "undecided"
 
 
 def _answer(settings: CompareSettings, methods: Sequence[Record], audit: Record) -> str:
@@ -163,9 +171,9 @@ def _answer(settings: CompareSettings, methods: Sequence[Record], audit: Record)
     clauses = [f"{flatter or 'no method'} found flatter minima than {_label(first)} {basis}"]
     if sharper:
         clauses.append(f"{sharper} found sharper ones")
-    clauses.append(f"{better or 'no method'} was better than {_label(first)} on held-out data")
+    clauses.append(f"{better or 'no method'} predicted better than {_label(first)} on held-out data")
     if worse:
-        clauses[-1] += f", and {worse} was worse"
+        clauses[-1] += f", and {worse} predicted worse"
     return f"On {settings.data}, with {n} paired seeds: {'; '.join(clauses)}."
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flatminima.names import nearest_first
+from flatminima.objective import batches
 
 _EXAMPLE = "def build(): return model, loss_fn, (x, y)"
 
@@ -37,7 +39,8 @@ def load_target(reference: str, device: torch.device | str = "cpu") -> Target:
     of such batches. The file runs as if it were imported from its own folder.
 
     Raises:
-        TargetError: not of that form, no such file or function, or another return value.
+        TargetError: not of that form, no such file or function, another return value, NaN in the inputs, or labels that a
+            cross-entropy cannot take (batch and row are given).
     """
     path_text, colon, name = reference.rpartition(":")
     if not colon or not path_text or not name:
@@ -55,7 +58,37 @@ def load_target(reference: str, device: torch.device | str = "cpu") -> Target:
     if not (isinstance(built, tuple) and len(built) == 3 and isinstance(built[0], nn.Module) and callable(built[1])):
         kinds = ", ".join(type(v).__name__ for v in built) if isinstance(built, tuple) else type(built).__name__
         raise TargetError(f"{reference} returned ({kinds}); expected a module, a loss function and data: {_EXAMPLE}")
-    return Target(built[0].to(device), built[1], built[2])
+    return Target(built[0].to(device), built[1], _checked(built[0], built[1], batches(built[2])))
+
+
+def _checked(model: nn.Module, loss_fn: Any, pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Refuse, by batch and row, what would only show as a NaN or as an index error of the loss."""
+    classifies = loss_fn in (F.cross_entropy, F.nll_loss) or isinstance(loss_fn, nn.CrossEntropyLoss | nn.NLLLoss)
+    ignored = getattr(loss_fn, "ignore_index", -100)
+    for number, (x, y) in enumerate(pairs):
+        if isinstance(x, Tensor) and x.is_floating_point() and x.isnan().any():
+            raise TargetError(f"NaN in the inputs: batch {number}, row {int(x.isnan().nonzero()[0, 0])}")
+        if classifies and isinstance(x, Tensor) and isinstance(y, Tensor) and y.dtype == torch.int64 and y.dim() == 1:
+            classes = _classes(model, x[:1])
+            outside = (y != ignored) & ((y < 0) | (y >= classes))
+            if outside.any():
+                row = int(outside.nonzero()[0, 0])
+                raise TargetError(
+                    f"label out of range: batch {number}, row {row}: got {int(y[row])}, "
+                    f"expected 0..{classes - 1} (the model's outputs)"
+                )
+    return pairs
+
+
+def _classes(model: nn.Module, x: Tensor) -> int:
+    """Width of the model's output."""
+    parameter = next(model.parameters(), x)
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.no_grad():
+        width = model.eval()(x.to(parameter.device)).shape[-1]
+    for module, mode in modes:
+        module.training = mode
+    return int(width)
 
 
 def _module(path: Path) -> Any:

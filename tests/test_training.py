@@ -1,0 +1,241 @@
+"""Trainings of the comparison against loops written out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from flatminima import data, models
+from flatminima.data import Splits, TensorSplit
+from flatminima.study.settings import METHODS, CompareSettings
+from flatminima.study.training import TrainingRecord, evaluate, train
+
+SETTINGS = CompareSettings(steps=40, train_size=150, batch_size=32, budget="steps")
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return data.load("digits", train_size=150)
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).clone()
+
+
+def run(settings: CompareSettings, method: str, splits: Splits, seed: int = 0) -> tuple[nn.Module, TrainingRecord]:
+    return train(settings, method, seed, splits)
+
+
+def by_hand(
+    settings: CompareSettings,
+    splits: Splits,
+    steps: int,
+    *,
+    seed: int = 0,
+    sharpness_aware: bool = False,
+    rate: Callable[[int], float] | None = None,
+) -> list[Tensor]:
+    """Weights after every step of SGD with momentum and weight decay, from the formulas, without optimiser classes."""
+    model = models.build(settings.model, splits.input_shape, splits.classes, seed=seed)
+    parameters = list(model.parameters())
+    velocity = [torch.zeros_like(p) for p in parameters]
+    order = torch.Generator().manual_seed(seed)
+    rows: list[Tensor] = []
+    iterates = []
+    for step in range(steps):
+        if not rows:
+            rows = list(torch.randperm(len(splits.train), generator=order).split(settings.batch_size))
+        batch = rows.pop(0)
+        x, y = splits.train.x[batch], splits.train.y[batch]
+        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
+        with torch.no_grad():
+            if sharpness_aware:
+                norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients))
+                here = [p.clone() for p in parameters]
+                for p, g in zip(parameters, gradients, strict=True):
+                    p += settings.rho * g / norm
+                with torch.enable_grad():
+                    gradients = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
+                for p, old in zip(parameters, here, strict=True):
+                    p.copy_(old)
+            for p, g, v in zip(parameters, gradients, velocity, strict=True):
+                v.copy_(settings.momentum * v + g + settings.weight_decay * p)
+                p -= (rate(step) if rate else settings.lr) * v
+        iterates.append(flat(model))
+    return iterates
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam"])
+def test_the_trajectory_is_the_written_out_loop(splits: Splits, method: str) -> None:
+    model, record = run(SETTINGS, method, splits, seed=3)
+    expected = by_hand(SETTINGS, splits, 40, seed=3, sharpness_aware=method == "sam")
+    torch.testing.assert_close(flat(model), expected[-1], rtol=1e-4, atol=1e-5)
+    assert (expected[-1] - expected[-2]).abs().max() > 1e-3  # a step more or less would be seen
+    assert record.steps == 40
+    assert record.swad is None
+    assert record.failure is None
+    assert not model.training
+
+
+def test_the_two_trajectories_differ(splits: Splits) -> None:
+    plain, aware = (by_hand(SETTINGS, splits, 40, sharpness_aware=s) for s in (False, True))
+    assert (plain[-1] - aware[-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["swad", "sam+swad"])
+def test_swad_leaves_the_trajectory_alone_and_averages_it(splits: Splits, method: str) -> None:
+    model, record = run(SETTINGS, method, splits)
+    iterates = by_hand(SETTINGS, splits, record.steps, sharpness_aware=method == "sam+swad")
+    torch.testing.assert_close(flat(model), window_mean(record, iterates), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["swad", "sam+swad"])
+@pytest.mark.parametrize("steps", [2, 220])
+def test_swad_is_the_mean_of_the_iterates_of_its_window(splits: Splits, method: str, steps: int) -> None:
+    iterates: list[Tensor] = []
+
+    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if isinstance(optimizer, torch.optim.SGD):
+            iterates.append(torch.cat([p.detach().reshape(-1) for p in optimizer.param_groups[0]["params"]]).clone())
+
+    hook = register_optimizer_step_post_hook(keep)
+    try:
+        model, record = run(replace(SETTINGS, steps=steps, lr=0.2), method, splits)
+    finally:
+        hook.remove()
+    assert len(iterates) == record.steps
+    torch.testing.assert_close(flat(model), window_mean(record, iterates), rtol=1e-5, atol=1e-6)
+    if steps == 220:
+        assert record.swad is not None
+        assert record.swad["n"] > 10
+        assert (flat(model) - iterates[-1]).abs().max() > 0.01  # an average, not the last iterate
+
+
+def window_mean(record: TrainingRecord, iterates: list[Tensor]) -> Tensor:
+    assert record.swad is not None
+    window = iterates[record.swad["start_step"] : record.swad["end_step"] + 1]
+    assert record.swad["n"] == len(window) >= 1
+    return torch.stack(window).double().mean(0).float()
+
+
+def test_swad_reads_the_validation_split_and_nothing_else_does(splits: Splits) -> None:
+    settings = replace(SETTINGS, steps=200, lr=0.2)
+    x = splits.validation.x
+    other = replace(splits, validation=TensorSplit(x.flip(0), splits.validation.y))
+    assert torch.equal(flat(run(settings, "sgd", splits)[0]), flat(run(settings, "sgd", other)[0]))
+    assert not torch.equal(flat(run(settings, "swad", splits)[0]), flat(run(settings, "swad", other)[0]))
+
+
+def test_the_test_split_is_never_read(splits: Splits) -> None:
+    blind = replace(splits, test=TensorSplit(torch.full_like(splits.test.x, math.nan), splits.test.y))
+    for method in METHODS:
+        assert torch.equal(flat(run(SETTINGS, method, splits)[0]), flat(run(SETTINGS, method, blind)[0]))
+
+
+def test_the_methods_of_a_seed_share_initial_weights_and_data_order(splits: Splits) -> None:
+    # A rate of 1e-30 moves nothing: the training losses are those of the initial weights on the batches, in order.
+    still = replace(SETTINGS, lr=1e-30)
+    curves = {
+        (method, seed): run(still, method, splits, seed)[1].history["train_loss"]
+        for method in METHODS
+        for seed in (0, 1)
+    }
+    for (_method, seed), curve in curves.items():
+        assert curve == curves["sgd", seed]
+        assert len(set(curve)) > 30
+    assert all(a != b for a, b in zip(curves["sgd", 0], curves["sgd", 1], strict=True))
+
+
+@pytest.mark.parametrize("budget", ["gradients", "steps"])
+def test_budgets_count_the_gradients_that_are_evaluated(
+    splits: Splits, budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = Tensor.backward
+    evaluated = 0
+
+    def counted(*arguments: Any, **keywords: Any) -> None:
+        nonlocal evaluated
+        evaluated += 1
+        backward(*arguments, **keywords)
+
+    monkeypatch.setattr(Tensor, "backward", counted)
+    spent = {}
+    for method in METHODS:
+        evaluated = 0
+        record = run(replace(SETTINGS, budget=budget), method, splits)[1]
+        assert record.gradient_evaluations == evaluated
+        spent[method] = (evaluated, record.steps)
+    sharpness_aware = (40, 20) if budget == "gradients" else (80, 40)
+    assert spent == {"sgd": (40, 40), "sam": sharpness_aware, "swad": (40, 40), "sam+swad": sharpness_aware}
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam"])
+def test_the_cosine_schedule_ends_at_zero(splits: Splits, method: str) -> None:
+    settings = replace(SETTINGS, schedule="cosine")
+    model, _ = run(settings, method, splits)
+
+    def rate(step: int) -> float:
+        return settings.lr * (1 + math.cos(math.pi * step / 40)) / 2
+
+    expected = by_hand(settings, splits, 40, sharpness_aware=method == "sam", rate=rate)[-1]
+    torch.testing.assert_close(flat(model), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - flat(run(SETTINGS, method, splits)[0])).abs().max() > 1e-3
+
+
+def test_the_history_is_the_training(splits: Splits) -> None:
+    settings = replace(SETTINGS, steps=130)
+    _, record = run(settings, "sgd", splits)
+    assert record.history["step"] == [*range(0, 130, 2), 129]
+    iterates = by_hand(settings, splits, 130)
+    model = models.build(settings.model, splits.input_shape, splits.classes)
+    for entry in (0, 20, -1):
+        nn.utils.vector_to_parameters(iterates[record.history["step"][entry]], model.parameters())
+        loss, accuracy = evaluate(model, splits.validation, torch.device("cpu"))
+        assert record.history["validation_loss"][entry] == pytest.approx(loss, rel=1e-3)
+        assert record.history["validation_accuracy"][entry] == pytest.approx(accuracy, abs=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_divergence_ends_the_run_and_is_recorded(splits: Splits, method: str) -> None:
+    _, record = run(replace(SETTINGS, lr=1e6), method, splits)
+    assert record.failure is not None
+    assert record.failure["step"] == record.steps - 1 < 39
+    assert "loss became" in record.failure["reason"]
+    assert all(math.isfinite(v) for values in record.history.values() for v in values)
+
+
+def test_a_sam_that_never_moves_has_failed(splits: Splits) -> None:
+    # The loss at the clean weights stays finite; only the perturbed gradient is not.
+    _, record = run(replace(SETTINGS, rho=1e30), "sam", splits)
+    assert record.failure == {"step": 0, "reason": "a gradient became NaN or infinite"}
+
+
+def test_evaluation_is_the_mean_over_all_rows() -> None:
+    torch.manual_seed(0)
+    rows = 2100  # more than two pieces
+    split = TensorSplit(torch.randn(rows, 5), torch.randint(0, 3, (rows,)))
+    model = nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5))
+    loss, accuracy = evaluate(model.train(), split, torch.device("cpu"))
+    logits = model[0](split.x).detach().double()
+    chosen = logits.gather(1, split.y[:, None]).squeeze(1)
+    assert loss == pytest.approx(float((logits.logsumexp(1) - chosen).mean()), rel=1e-6)
+    assert accuracy == float((logits.argmax(1) == split.y).double().mean())
+    assert model.training
+
+
+def test_training_is_repeatable_whatever_was_drawn_before(splits: Splits) -> None:
+    settings = replace(SETTINGS, model="vit", steps=4)
+    torch.manual_seed(1)
+    first, record = run(settings, "sam", splits)
+    torch.randn(7)
+    second, again = run(settings, "sam", splits)
+    assert torch.equal(flat(first), flat(second))
+    assert record == again
