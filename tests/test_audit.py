@@ -84,7 +84,7 @@ def test_the_trace_along_a_layer_rescaling_follows_its_law() -> None:
     betas = []
     for seed in range(6):
         twin = layer.member(torch.Generator().manual_seed(seed), 20.0).apply(model)
-        beta = float(twin[0].bias[0] / model[0].bias[0])
+        beta = (twin[0].bias[0] / model[0].bias[0]).item()
         g = Objective(twin, F.cross_entropy, (x, y))
         exact = trace(g, deflate=top_eigenpair(g, rtol=1e-300, max_products=g.n + 1))
         assert exact.error < 1e-7  # the null space of the softmax is never reached
@@ -133,6 +133,7 @@ def made(value: float, error: float | None = 0.0, kind: str = "standard error") 
         (made(10, 1), [made(12, 1)], 1.2, False),  # 2 against 3 * sqrt(2)
         (made(10, 0.1), [made(12, 0.1)], 1.2, True),
         (made(10), [made(5), made(30), made(10)], 3.0, True),
+        (made(10), [made(2), made(20)], 5.0, True),
         (made(10), [made(10 * (1 + 1e-7))], 1 + 1e-7, False),
         (made(10), [made(10 * (1 + 1e-5))], 1 + 1e-5, True),
         (made(10, 5, "lower bound, spread of starts"), [made(11, 5, "lower bound, spread of starts")], 1.1, True),

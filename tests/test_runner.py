@@ -24,7 +24,11 @@ def work(job, report):
     time.sleep(600)
 
 if __name__ == "__main__":
-    run_jobs(work, sys.argv[1:], workers=2)
+    try:
+        print("ready", flush=True)
+        run_jobs(work, sys.argv[1:], workers=2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 """
 
 
@@ -90,4 +94,19 @@ def test_workers_end_with_their_parent(tmp_path: Path, how: signal.Signals) -> N
     process.send_signal(how)
     # The workers hold the other end of this pipe: it ends when the last of them has.
     process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == (130 if how == signal.SIGINT else -how)
+
+
+def test_ctrl_c_while_the_workers_start_is_quiet(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "a")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)  # importing takes the worker longer
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")

@@ -212,7 +212,7 @@ def audit(
             "label": MEASURES[name].label,
             "max_ratio": ratios[name],
             "invariant_under": MEASURES[name].invariant_under,
-            "verdict": verdict,
+            "verdict": verdict.split(" up to ")[0],  # the factors stand beside it
         }
         for name, verdict in report.verdicts.items()
     ]

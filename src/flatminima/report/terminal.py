@@ -37,7 +37,7 @@ def rendered(table: Table) -> RichTable:
         head = Text(column.text)
         if column.detail:
             head.append(f"\n{column.detail}", style="dim")
-        output.add_column(head, justify="right" if column.numeric else "left")
+        output.add_column(head, justify="right" if column.numeric else "left", overflow="fold")
     for row in table.rows:
         output.add_row(*map(_lines, row))
     return output

@@ -22,6 +22,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     """Write parameters and buffers as safetensors; the file is whole or absent at every moment."""
     temporary = path.with_name(f".{path.name}.part")
     save_model(model, str(temporary))
+    temporary.chmod(0o644)
     os.replace(temporary, path)
 
 

@@ -12,10 +12,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing.queues import SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -50,12 +50,13 @@ def run_jobs(
         return
     context = multiprocessing.get_context("spawn")
     queue: SimpleQueue[tuple[int, float]] = context.SimpleQueue()
-    stop = context.Event()
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=context, initializer=_start, initargs=(queue, stop, os.getpid())
+        min(workers, len(jobs)), mp_context=context, initializer=_start, initargs=(queue, os.getpid())
     )
     try:
-        pending: dict[Future[None], int] = {pool.submit(_work, work, job, i): i for i, job in enumerate(jobs)}
+        with _interrupts_ignored():
+            pending: dict[Future[None], int] = {pool.submit(_work, work, job, i): i for i, job in enumerate(jobs)}
         while pending:
             done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             while not queue.empty():
@@ -65,23 +66,38 @@ def run_jobs(
                 future.result()
                 progress(index, 1.0)
     except BaseException:
-        stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
         raise
     pool.shutdown()
 
 
-def _start(queue: SimpleQueue[tuple[int, float]], stop: Any, parent: int) -> None:
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started within inherit this: Ctrl-C reaches the whole group, and the parent alone decides."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start(queue: SimpleQueue[tuple[int, float]], parent: int) -> None:
     global _reports
     _reports = queue
     torch.set_num_threads(1)
     with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_end_with_parent, args=(stop, parent), daemon=True).start()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it was not inherited
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
-def _end_with_parent(stop: Any, parent: int) -> None:
-    while os.getppid() == parent and not stop.is_set():
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)
 

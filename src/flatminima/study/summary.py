@@ -25,7 +25,7 @@ def summarise(settings: CompareSettings, splits: Splits, parameters: int, record
     """The dictionary that ``results.json`` holds; docs/results.md documents it."""
     runs = [_run(record) for record in records]
     methods = [_method(name, settings.methods[0], runs) for name in settings.methods]
-    audit = _audit(settings, runs)
+    audit = _audit(settings, len(splits.train), runs)
     return {
         "schema": SCHEMA,
         "flatminima": flatminima.__version__,
@@ -113,7 +113,7 @@ def _values(runs: Sequence[Record], name: str) -> dict[int, float]:
     return found
 
 
-def _audit(settings: CompareSettings, runs: Sequence[Record]) -> Record:
+def _audit(settings: CompareSettings, train_rows: int, runs: Sequence[Record]) -> Record:
     audited = [r for r in runs if r["audit"]]
     symmetries = sorted({kind for r in audited for kind in r["proofs"]})
     ratios: dict[str, dict[str, float | None]] = {m: {} for m in MEASURES}
@@ -134,7 +134,7 @@ def _audit(settings: CompareSettings, runs: Sequence[Record]) -> Record:
         "proofs": {kind: max(r["proofs"].get(kind, 0.0) for r in audited) for kind in symmetries},
         "rejected": [list(pair) for pair in rejected],
         "members": settings.audit_members,
-        "rows": settings.audit_rows,
+        "rows": min(settings.audit_rows, settings.measure_rows, train_rows),
     }
 
 
@@ -149,9 +149,10 @@ def _answer(settings: CompareSettings, methods: Sequence[Record], audit: Record)
     if not first["n"] or not any(m["n"] for m in others):
         reason = "there is nothing to compare it with" if first["n"] else f"every run of {_label(first)} failed"
         return f"No comparison: {reason}."
-    n = min(m["n"] for m in methods if m["n"])
-    if n < 2:
-        return f"On {settings.data}: one finished seed of a method gives no interval, so no difference can be claimed."
+    pairs = sorted(m["versus_first"]["test_accuracy"]["n"] for m in others)
+    if pairs[-1] < 2:
+        return f"On {settings.data}: fewer than two paired seeds give no interval, so no difference can be claimed."
+    n = f"{pairs[0]}" if pairs[0] == pairs[-1] else f"{pairs[0]} to {pairs[-1]}"
     survivors = [m for m in MEASURES if audit["verdict"][m] == "survives" and MEASURES[m].flatter_when]
     judged = survivors or [m for m in MEASURES if MEASURES[m].flatter_when]
 

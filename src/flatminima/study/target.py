@@ -54,7 +54,10 @@ def load_target(reference: str, device: torch.device | str = "cpu") -> Target:
         raise TargetError(
             f"{path} has no function {name!r}" + (f"; it has {', '.join(nearest_first(name, names))}" if names else "")
         )
-    built = function()
+    try:
+        built = function()
+    except ValueError as error:  # not one of ours: the user needs the traceback into their own code
+        raise RuntimeError(f"{reference} raised {type(error).__name__}: {error}") from error
     if not (isinstance(built, tuple) and len(built) == 3 and isinstance(built[0], nn.Module) and callable(built[1])):
         kinds = ", ".join(type(v).__name__ for v in built) if isinstance(built, tuple) else type(built).__name__
         raise TargetError(f"{reference} returned ({kinds}); expected a module, a loss function and data: {_EXAMPLE}")
