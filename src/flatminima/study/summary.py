@@ -33,7 +33,7 @@ def summarise(settings: CompareSettings, splits: Splits, parameters: int, record
         "settings": settings.to_dict(),
         "answer": _answer(settings, methods, audit),
         "details": _details(methods),
-        "cautions": _cautions(settings, audit),
+        "cautions": _cautions(settings, audit, runs),
         "data": {
             "name": splits.name,
             "classes": list(splits.classes),
@@ -193,8 +193,20 @@ def _details(methods: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _cautions(settings: CompareSettings, audit: Record) -> list[str]:
+def _cautions(settings: CompareSettings, audit: Record, runs: Sequence[Record]) -> list[str]:
     lines = []
+    averaged = [r["swad"] for r in runs if r["status"] == "finished" and r["swad"]]
+    unconverged = sum(not s["converged"] for s in averaged)
+    if unconverged:
+        lines.append(
+            f"SWAD found no valley in {unconverged} of {len(averaged)} runs; the average is then over the last segment only."
+        )
+    stopped = sum(s["stopped_at"] is not None for s in averaged)
+    if stopped:
+        lines.append(
+            f"In {stopped} of {len(averaged)} runs SWAD saw its valley end and stopped before its budget was spent; its minima "
+            "are then compared with those of longer trainings."
+        )
     changing = [MEASURES[m].label for m in MEASURES if audit["verdict"][m] == "changes"]
     if changing:
         lines.append(
