@@ -27,7 +27,11 @@ ROUNDS = 15
 def cases() -> dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]:
     torch.manual_seed(0)
     return {
-        "mlp 784-128-10, 2000 rows": (build("mlp", (784,), 10, seed=0, hidden=(128,)), torch.randn(2000, 784), labels(2000)),
+        "mlp 784-128-10, 2000 rows": (
+            build("mlp", (784,), 10, seed=0, hidden=(128,)),
+            torch.randn(2000, 784),
+            labels(2000),
+        ),
         "convnet with BatchNorm, 32x32x3, 256 rows": (
             build("convnet", (3, 32, 32), 10, seed=0, norm="batch").eval(),
             torch.randn(256, 3, 32, 32),

@@ -134,6 +134,16 @@ def test_a_run_that_is_trained_is_only_measured(
         execute(RunJob(TINY, tmp_path / "copy", "sam+swad", 1))
 
 
+def test_a_run_whose_weights_are_lost_is_trained_again(comparison: Comparison, tmp_path: Path) -> None:
+    shutil.copytree(comparison.directory, tmp_path / "copy")
+    runs = tmp_path / "copy" / "runs"
+    expected = json.loads((runs / "sgd-seed1.json").read_text())
+    (runs / "sgd-seed1.json").unlink()
+    (runs / "sgd-seed1.safetensors").write_bytes((runs / "sgd-seed1.safetensors").read_bytes()[:100])
+    execute(RunJob(TINY, tmp_path / "copy", "sgd", 1))
+    assert {**json.loads((runs / "sgd-seed1.json").read_text()), "seconds": 0} == {**expected, "seconds": 0}
+
+
 def test_a_finished_comparison_starts_no_process(
     comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,3 +268,29 @@ def test_the_model_is_left_alone() -> None:
     measure(Objective(model, F.cross_entropy, (x, y)))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def classifier(dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
+    return model, (torch.randn(60, 5).to(dtype), torch.randint(0, 3, (60,)))
+
+
+def test_the_error_of_w_hessian_w_covers_single_precision_weights() -> None:
+    model, (x, y) = classifier(torch.float32)
+    found = measure(Objective(model, F.cross_entropy, (x, y)), ["w_hessian_w"])["w_hessian_w"]
+    precise = Objective(model.double(), F.cross_entropy, (x.double(), y))
+    w = precise.point()
+    dense = precise.hvp(torch.eye(precise.n, dtype=torch.float64))
+    assert abs(found.value - float(w @ dense @ w)) <= 10 * found.error
+    assert found.error < 1e-12
+
+
+def test_a_half_precision_model_is_measured_as_its_single_precision_copy() -> None:
+    model, (x, y) = classifier(torch.bfloat16)
+    before = model[0].weight.clone()
+    half = measure(Objective(model, F.cross_entropy, (x, y)))
+    assert torch.equal(model[0].weight, before)
+    assert model[0].weight.dtype == torch.bfloat16
+    single = measure(Objective(model.float(), F.cross_entropy, (x.float(), y)))
+    assert {name: m.value for name, m in half.items()} == {name: m.value for name, m in single.items()}

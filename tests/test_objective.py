@@ -683,3 +683,29 @@ def test_a_loss_without_a_second_derivative_is_named() -> None:
     for product in (f.hvp, f.ggnvp):
         with pytest.raises(ObjectiveError, match="no second derivative"):
             product(torch.ones(f.n, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("normalise", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weight_norm_is_refused_for_second_derivatives(normalise: Callable[[nn.Module], nn.Module]) -> None:
+    f = Objective(normalise(nn.Linear(3, 2)), F.cross_entropy, (torch.randn(6, 3), torch.randint(0, 2, (6,))))
+    assert f.gradient().isfinite().all()
+    with pytest.raises(ObjectiveError, match="weight_norm"):
+        f.hvp(f.point())
+
+
+def test_a_data_set_is_not_an_iterable_of_batches() -> None:
+    rows = TensorDataset(torch.randn(6, 3), torch.randint(0, 2, (6,)))
+    for data in (rows, None):
+        with pytest.raises(ObjectiveError, match="DataLoader"):
+            Objective(nn.Linear(3, 2), F.cross_entropy, data)
+
+
+def test_another_precision_is_the_same_function_on_a_copy() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    f = Objective(model, nn.CrossEntropyLoss(), (torch.randn(7, 3), torch.randint(0, 2, (7,))), micro_batch=3)
+    g = f.to_dtype(torch.float64)
+    assert g.dtype == torch.float64
+    assert f.dtype == model[0].weight.dtype == torch.float32
+    assert g.loss() == pytest.approx(f.loss(), rel=1e-6)
+    assert torch.allclose(g.gradient().float(), f.gradient(), atol=1e-6)

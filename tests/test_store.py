@@ -26,14 +26,23 @@ def test_records_and_weights_come_back(tmp_path: Path) -> None:
     assert store.trained("a") is None
     assert store.finished("a") is None
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
-    store.save_trained("a", model, {"steps": 4})
-    assert store.trained("a") == {"steps": 4}
+    trained = {"method": "sgd", "seed": 0, "failure": None, "seconds": {}}
+    store.save_trained("a", model, trained)
+    assert store.trained("a") == trained
     assert store.finished("a") is None
     store.load_trained("a", other)
     assert torch.equal(other.weight, model.weight)
-    store.save_finished("a", {"steps": 4, "loss": 0.1})
+    store.save_finished("a", trained | {"status": "finished"})
     again = RunStore(tmp_path / "new" / "deep", SETTINGS)
-    assert again.finished("a") == {"steps": 4, "loss": 0.1}
+    assert again.finished("a") == trained | {"status": "finished"}
+
+
+def test_a_file_without_the_fields_of_a_record_is_none(tmp_path: Path) -> None:
+    store = RunStore(tmp_path, SETTINGS)
+    write_json(store.runs / "a.json", {})
+    write_json(store.runs / "a.train.json", {})
+    assert store.finished("a") is None
+    assert store.trained("a") is None
 
 
 def test_weights_are_on_disk_before_the_record_that_vouches_for_them(

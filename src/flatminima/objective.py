@@ -8,6 +8,7 @@ vectors are plain flat tensors.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Dataset
 
 LossFn = Callable[[Any, Any], Tensor]
 ParameterFilter = Callable[[str, Tensor], bool]
@@ -215,6 +217,21 @@ class Objective:
         """
         return self._products(vectors, theta, self._gauss_newton_product, "ggnvp")
 
+    def to_dtype(self, dtype: torch.dtype) -> Objective:
+        """The same function in another floating precision, on a copy of the model; rows and pieces stay as they are."""
+        chosen = set(self._names)
+        loss_fn = copy.deepcopy(self.loss_fn).to(dtype) if isinstance(self.loss_fn, nn.Module) else self.loss_fn
+        return Objective(
+            copy.deepcopy(self.model).to(dtype),
+            loss_fn,
+            [(_cast(piece.inputs, dtype), _cast(piece.targets, dtype)) for piece in self._pieces],
+            micro_batch=None,
+            parameters=lambda name, _: name in chosen,
+            mode=self.mode,
+            seed=self.seed,
+            check=False,
+        )
+
     def release(self) -> None:
         """Free the graph that :meth:`hvp` keeps between calls."""
         self._kept = None
@@ -271,6 +288,7 @@ class Objective:
         return apply
 
     def _hessian_product(self, index: int, piece: _Piece, leaves: list[Tensor]) -> Callable[[list[Tensor]], Tensor]:
+        self._refuse_weight_norm()
         with torch.enable_grad():
             value = self._piece_loss(index, piece, leaves)
         self._finite(value, piece)
@@ -306,6 +324,16 @@ class Objective:
             return self._flatten(_grad([output], leaves, [curved], retain_graph=True))
 
         return apply
+
+    def _refuse_weight_norm(self) -> None:
+        modules = list(self.model.modules())
+        hooks = [type(hook).__name__ for module in modules for hook in module._forward_pre_hooks.values()]
+        if "WeightNorm" in hooks or any(type(module).__name__ == "_WeightNorm" for module in modules):
+            raise ObjectiveError(
+                "the second derivative of weight_norm is wrong in PyTorch (its Hessian is not symmetric); remove it from the "
+                "model first, which changes no prediction: torch.nn.utils.parametrize.remove_parametrizations or "
+                "torch.nn.utils.remove_weight_norm"
+            )
 
     def _refuse_once_differentiable(self, tensors: Sequence[Tensor]) -> None:
         # Asked for the gradient in some inputs, autograd drops the node that stands for the missing derivative in silence.
@@ -535,6 +563,11 @@ def batches(data: Any) -> list[tuple[Any, Any]]:
     Raises:
         ObjectiveError: an element that is not a pair.
     """
+    if isinstance(data, Dataset) or not isinstance(data, Iterable):
+        raise ObjectiveError(
+            f"data must be one (inputs, targets) pair or an iterable of batches, got {type(data).__name__}; "
+            "wrap a data set in torch.utils.data.DataLoader"
+        )
     is_pair = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
     found = []
     for number, batch in enumerate([data] if is_pair else data):
@@ -578,6 +611,16 @@ def _rows(tree: Any, rows: int, cut: slice) -> Any:
         return {key: _rows(value, rows, cut) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
         return tuple(_rows(value, rows, cut) for value in tree)
+    return tree
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.to(dtype) if tree.is_floating_point() else tree
+    if isinstance(tree, Mapping):
+        return {key: _cast(value, dtype) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return tuple(_cast(value, dtype) for value in tree)
     return tree
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import torch
+
 from flatminima.curvature import EigenResult, top_eigenpair
 from flatminima.names import unknown
 from flatminima.objective import Objective
@@ -78,6 +80,11 @@ class Workbench:
     options: MeasureOptions = field(default_factory=MeasureOptions)
     seed: int = 0
     _eigen: EigenResult | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective.dtype in (torch.float16, torch.bfloat16):
+            # Differences of losses are below half-precision rounding, and so are the displacements that cause them.
+            self.objective = self.objective.to_dtype(torch.float32)
 
     @property
     def eigen(self) -> EigenResult:
@@ -176,6 +183,7 @@ def measure(
         9.0
     """
     bench = workbench or Workbench(objective, options or MeasureOptions(), seed)
+    objective = bench.objective
     results: dict[str, Measurement] = {}
     for entry in resolve(names):
         before = objective.evaluations.gradient_equivalents

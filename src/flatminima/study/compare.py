@@ -19,6 +19,7 @@ from flatminima.audit import audit
 from flatminima.data import Splits
 from flatminima.measures import MeasureOptions, Workbench, measure
 from flatminima.objective import NonFiniteLossError, Objective
+from flatminima.study.checkpoint import CheckpointError
 from flatminima.study.runner import run_jobs
 from flatminima.study.settings import CompareSettings
 from flatminima.study.store import RunStore, write_json
@@ -94,8 +95,8 @@ def execute(job: RunJob, progress: Callable[[float], None] = lambda fraction: No
     store = RunStore(job.directory, job.settings.to_dict())
     splits = _splits(job.settings)
     device = torch.device(job.settings.device)
-    record = store.trained(job.name)
-    if record is None:
+    record, model = _stored(job, store, splits, device)
+    if record is None or model is None:
         started = time.perf_counter()
         model, training = train(
             job.settings, job.method, job.seed, splits, lambda fraction: progress(_TRAINING_SHARE * fraction)
@@ -103,9 +104,6 @@ def execute(job: RunJob, progress: Callable[[float], None] = lambda fraction: No
         record = {"method": job.method, "seed": job.seed, **vars(training)}
         record["seconds"] = {"training": time.perf_counter() - started}
         store.save_trained(job.name, model, record)
-    else:
-        model = models.build(job.settings.model, splits.input_shape, splits.classes, seed=job.seed).to(device)
-        store.load_trained(job.name, model)
     progress(_TRAINING_SHARE)
     started = time.perf_counter()
     if record["failure"] is None:
@@ -116,6 +114,21 @@ def execute(job: RunJob, progress: Callable[[float], None] = lambda fraction: No
     record["status"] = "finished" if record["failure"] is None else "failed"
     record["seconds"]["measuring"] = time.perf_counter() - started
     store.save_finished(job.name, _finite(record))
+
+
+def _stored(
+    job: RunJob, store: RunStore, splits: Splits, device: torch.device
+) -> tuple[dict[str, Any] | None, nn.Module | None]:
+    """Record and network of a training that is whole on disk, else nothing: without its weights it has to be repeated."""
+    record = store.trained(job.name)
+    if record is None:
+        return None, None
+    model = models.build(job.settings.model, splits.input_shape, splits.classes, seed=job.seed).to(device)
+    try:
+        store.load_trained(job.name, model)
+    except CheckpointError:
+        return None, None
+    return record, model
 
 
 def _measured(job: RunJob, model: nn.Module, splits: Splits) -> dict[str, Any]:

@@ -105,6 +105,8 @@ class CompareSettings:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
                 raise SettingsError(f"{_flag(name)} must be finite and {'> 0' if positive else '>= 0'}, got {value}")
+        if self.lr > 1e30:
+            raise SettingsError(f"--lr {self.lr} is beyond single precision; expected at most 1e30")
         if self.momentum >= 1:
             raise SettingsError(f"--momentum must be below 1, got {self.momentum}")
 

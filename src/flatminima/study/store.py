@@ -42,11 +42,16 @@ class RunStore:
 
     def trained(self, run: str) -> dict[str, Any] | None:
         """Training record of a run whose weights are on disk, or ``None``."""
-        return self._read(self.runs / f"{run}.train.json")
+        return self._record(self.runs / f"{run}.train.json", "method", "seed", "failure", "seconds")
 
     def finished(self, run: str) -> dict[str, Any] | None:
         """Full record of a run, or ``None``."""
-        return self._read(self.runs / f"{run}.json")
+        return self._record(self.runs / f"{run}.json", "method", "seed", "failure", "seconds", "status")
+
+    def _record(self, path: Path, *keys: str) -> dict[str, Any] | None:
+        # A file somebody else left or emptied is no record: the run is then done again.
+        record = self._read(path)
+        return record if record is not None and all(key in record for key in keys) else None
 
     def save_trained(self, run: str, model: nn.Module, record: dict[str, Any]) -> None:
         """Weights first, the record that vouches for them second."""

@@ -32,8 +32,8 @@ def summarise(settings: CompareSettings, splits: Splits, parameters: int, record
         "command": settings.command(),
         "settings": settings.to_dict(),
         "answer": _answer(settings, methods, audit),
-        "details": _details(methods),
-        "cautions": _cautions(settings, audit, runs),
+        "details": _details(methods, audit),
+        "cautions": _cautions(settings, audit, len(splits.classes), runs),
         "data": {
             "name": splits.name,
             "classes": list(splits.classes),
@@ -153,7 +153,7 @@ def _answer(settings: CompareSettings, methods: Sequence[Record], audit: Record)
     if pairs[-1] < 2:
         return f"On {settings.data}: fewer than two paired seeds give no interval, so no difference can be claimed."
     n = f"{pairs[0]}" if pairs[0] == pairs[-1] else f"{pairs[0]} to {pairs[-1]}"
-    survivors = [m for m in MEASURES if audit["verdict"][m] == "survives" and MEASURES[m].flatter_when]
+    survivors = _survivors(audit)
     judged = survivors or [m for m in MEASURES if MEASURES[m].flatter_when]
 
     def where(sign: int, names: Sequence[str]) -> str:
@@ -178,8 +178,20 @@ def _answer(settings: CompareSettings, methods: Sequence[Record], audit: Record)
     return f"On {settings.data}, with {n} paired seeds: {'; '.join(clauses)}."
 
 
-def _details(methods: Sequence[Record]) -> list[str]:
-    """The effect on held-out data, method by method, with its interval."""
+def _survivors(audit: Record) -> list[str]:
+    """Flatness numbers that did not move and are invariant by theorem; on a dead network nothing moves."""
+    return [
+        m
+        for m in MEASURES
+        if MEASURES[m].flatter_when
+        and audit["verdict"][m] == "survives"
+        and set(audit["symmetries"]) <= MEASURES[m].invariant_under
+    ]
+
+
+def _details(methods: Sequence[Record], audit: Record) -> list[str]:
+    """The effects on held-out data and on the invariant numbers, method by method."""
+    words = {-1: "flatter", 0: "no detectable difference", 1: "sharper"}
     lines = []
     for m in methods[1:]:
         versus = m["versus_first"]["test_accuracy"]
@@ -190,10 +202,13 @@ def _details(methods: Sequence[Record]) -> list[str]:
                 f"Test accuracy of {_label(m)} minus {_label(methods[0])}: {middle} points, 95% interval [{low}, {high}], "
                 f"n={versus['n']}{seen}."
             )
+            signs = [f"{MEASURES[k].label} {words[_sign(m['versus_first']['measures'][k])]}" for k in _survivors(audit)]
+            if signs:
+                lines.append(f"Flatness of {_label(m)} against {_label(methods[0])}: {', '.join(signs)}.")
     return lines
 
 
-def _cautions(settings: CompareSettings, audit: Record, runs: Sequence[Record]) -> list[str]:
+def _cautions(settings: CompareSettings, audit: Record, classes: int, runs: Sequence[Record]) -> list[str]:
     lines = []
     averaged = [r["swad"] for r in runs if r["status"] == "finished" and r["swad"]]
     unconverged = sum(not s["converged"] for s in averaged)
@@ -217,7 +232,16 @@ def _cautions(settings: CompareSettings, audit: Record, runs: Sequence[Record]) 
         lines.append(
             "No function-preserving rescaling was found or tested for this model: no number was put to that test."
         )
-    if settings.schedule == "constant":
+    finished = [r for r in runs if r["status"] == "finished"]
+    if not finished:
+        return lines
+    chance = sum(r["train_accuracy"] < 2 / classes for r in finished)
+    if chance:
+        lines.append(
+            f"{chance} of {len(finished)} runs fit their training rows hardly better than chance: a network that learned "
+            "nothing can be perfectly flat."
+        )
+    if settings.schedule == "constant" and averaged:
         lines.append(
             "All methods train with a constant learning rate, which SWAD assumes; averaging then also does what a decaying "
             "rate would do for the others (try --schedule cosine)."
