@@ -134,6 +134,7 @@ def test_a_run_that_is_trained_is_only_measured(
         execute(RunJob(TINY, tmp_path / "copy", "sam+swad", 1))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_whose_weights_are_lost_is_trained_again(comparison: Comparison, tmp_path: Path) -> None:
     shutil.copytree(comparison.directory, tmp_path / "copy")
     runs = tmp_path / "copy" / "runs"
