@@ -187,13 +187,13 @@ def test_named_pairs_and_generators_are_accepted() -> None:
 @pytest.mark.parametrize("wrong", [torch.zeros(2), 3, None, ["weight"], [("a", 1)], [{"params": []}]])
 def test_anything_else_is_refused(wrong: object) -> None:
     with pytest.raises(TypeError, match=r"Expected a torch\.nn\.Module"):
-        WeightAverage(wrong)  # type: ignore[arg-type]
+        WeightAverage(wrong)
 
 
 @pytest.mark.parametrize("nothing", [[], nn.ReLU(), [torch.zeros(2)]])
 def test_nothing_trainable_is_refused(nothing: object) -> None:
     with pytest.raises(ValueError, match="nothing to average"):
-        WeightAverage(nothing)  # type: ignore[arg-type]
+        WeightAverage(nothing)
 
 
 # ---------------------------------------------------------------------------------------------- swapped() and copy_to()

@@ -235,7 +235,7 @@ def test_a_failure_leaves_the_model_as_it_was(batches: object, error: type[Excep
     model[1].running_mean.fill_(3.0)
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     with pytest.raises(error, match=message):
-        reestimate_batchnorm(model, batches)  # type: ignore[arg-type]
+        reestimate_batchnorm(model, batches)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert modes == [module.training for module in model.modules()]
     assert not any(module._forward_pre_hooks for module in model.modules())

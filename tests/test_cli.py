@@ -144,7 +144,7 @@ def test_the_terminal_and_the_page_show_the_numbers_of_the_file(
         ("Hessian trace", lambda m: m["measures"]["trace"], 1.0),
         ("parameter norm", lambda m: m["measures"]["parameter_norm"], 1.0),
     ):
-        section = outcome.out[re.search(rf"^ +{heading}", outcome.out, re.M).start() :]  # type: ignore[union-attr]
+        section = outcome.out[re.search(rf"^ +{heading}", outcome.out, re.M).start() :]
         for method in results["methods"]:
             line = re.search(rf"^ +{re.escape(method['method'].upper())} +(\d[\d.]*)(?: ± (\S+))?", section, re.M)
             assert line is not None, section

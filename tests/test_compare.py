@@ -27,6 +27,7 @@ from flatminima.study.checkpoint import load_weights
 from flatminima.study.compare import RunJob, compare, execute
 from flatminima.study.statistics import interval, paired
 from flatminima.study.store import RunStore, StoreError
+from flatminima.study.summary import summarise
 
 RUNS = [f"{method}-seed{seed}" for method in TINY.methods for seed in range(TINY.seeds)]
 MAIN = "from flatminima.cli import main; main()"
@@ -280,3 +281,18 @@ def test_the_landscape_is_the_loss_around_the_stored_weights(comparison: Compari
     assert landscape["top_curvature"] == run["measures"]["lambda_max"]["value"] > abs(landscape["random_curvature"])
     middle = len(landscape["alpha"]) // 2
     assert landscape["top"][middle] == pytest.approx(loss(0), rel=1e-5)
+
+
+def test_a_network_that_learned_nothing_proves_nothing(comparison: Comparison) -> None:
+    records = [json.loads((comparison.directory / "runs" / f"{run}.json").read_text()) for run in RUNS]
+    for record in records:
+        record["train_accuracy"] = 0.1
+        for cells in (record["audit"] or {}).values():
+            for cell in cells.values():
+                cell.update(max_ratio=1.0, significant=False)
+    splits = data.load("digits", train_size=TINY.train_size)
+    results = summarise(TINY, splits, 1, records)
+    assert results["audit"]["verdict"]["lambda_max"] == "survives"
+    assert "top Hessian eigenvalue" not in results["answer"]  # did not move, but not by theorem
+    assert any("better than chance" in caution for caution in results["cautions"])
+    assert not any("better than chance" in caution for caution in summarise(TINY, splits, 1, records[:0])["cautions"])

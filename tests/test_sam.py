@@ -429,9 +429,9 @@ def test_a_radius_that_is_none_is_refused(rho: float) -> None:
 
 def test_a_class_instead_of_an_instance_is_refused() -> None:
     with pytest.raises(TypeError, match=r"an optimiser instance, got SGD.*Build it first"):
-        SAM(torch.optim.SGD, rho=0.1)  # type: ignore[arg-type]
+        SAM(torch.optim.SGD, rho=0.1)
     with pytest.raises(TypeError, match="got generator"):
-        SAM(net().parameters())  # type: ignore[arg-type]
+        SAM(net().parameters())
 
 
 def test_a_base_that_uses_the_name_rho_is_refused() -> None:
@@ -454,9 +454,9 @@ def test_a_closure_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match=r"call step\(closure\)"):
         opt.step()
     with pytest.raises(ValueError, match="must return the loss, got NoneType"):
-        opt.step(lambda: None)  # type: ignore[arg-type,return-value]
+        opt.step(lambda: None)
     with pytest.raises(ValueError, match="must return the loss, got float"):
-        opt.step(lambda: 0.5)  # type: ignore[arg-type,return-value]
+        opt.step(lambda: 0.5)
     with pytest.raises(ValueError, match="a loss without gradient"):
         opt.step(lambda: F.cross_entropy(model(x), y).detach())
     assert equal(weights(model), before)

@@ -51,5 +51,5 @@ def test_pairs_are_made_by_seed_and_not_by_position() -> None:
 def test_the_interval_covers_the_mean_nineteen_times_in_twenty() -> None:
     rng = np.random.default_rng(0)
     trials = [interval((3.0 + rng.standard_normal(4)).tolist()) for _ in range(2000)]
-    covered = sum(t["low"] <= 3.0 <= t["high"] for t in trials)  # type: ignore[operator]
+    covered = sum(t["low"] <= 3.0 <= t["high"] for t in trials)
     assert abs(covered - 1900) < 5 * math.sqrt(2000 * 0.95 * 0.05)

@@ -47,7 +47,7 @@ class Run:
 
     def swad(self, *parameters: nn.Parameter) -> SWAD:
         rule = {"n_converge": self.n_converge, "n_tolerance": self.n_tolerance, "tolerance": self.tolerance}
-        return SWAD(parameters, **rule)  # type: ignore[arg-type]
+        return SWAD(parameters, **rule)
 
     def iterate(self, step: int) -> Tensor:
         one_hot = torch.zeros(self.steps, dtype=torch.float64)
@@ -360,13 +360,13 @@ def test_resuming_at_any_step_changes_no_bit(vector: dict[str, Any], dtype: torc
             if states is not None:
                 states.append(swad.state_dict())
 
-    whole = SWAD(walk.model, **rule)  # type: ignore[arg-type]
+    whole = SWAD(walk.model, **rule)
     states: list[dict[str, Any]] = [whole.state_dict()]
     advance(whole, range(run.steps), states)
     expected = whole.finalize()
     for state in states:
         assert only_plain(state)
-        resumed = SWAD(walk.model, **rule)  # type: ignore[arg-type]
+        resumed = SWAD(walk.model, **rule)
         resumed.load_state_dict(through_file(state))
         step = state["step"]
         if step in values and state["evaluated"] < step:
@@ -418,7 +418,7 @@ def test_a_state_with_other_settings_or_parameters_is_refused() -> None:
     state = swad.state_dict()
     for change in ({"n_converge": 2}, {"n_tolerance": 7}, {"tolerance": 0.2}):
         with pytest.raises(ValueError, match=r"saved with n_converge=3, n_tolerance=6, tolerance=0\.3; this"):
-            SWAD(model, **change).load_state_dict(state)  # type: ignore[arg-type]
+            SWAD(model, **change).load_state_dict(state)
     with pytest.raises(ValueError, match=r"shapes \[\(2, 2\), \(2,\)\]; here are 2 of shapes \[\(3, 3\)"):
         SWAD(nn.Linear(3, 3)).load_state_dict(state)
     with pytest.raises(ValueError, match="not a state saved by SWAD: it has no 'best'"):

@@ -633,7 +633,7 @@ def test_a_wrong_finder_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from flatminima import symmetries
 
     def find(network: object) -> Findings:
-        right = symmetries.relu.find(network).proposed[1]  # type: ignore[arg-type]
+        right = symmetries.relu.find(network).proposed[1]
         place = right.places[0]
         assert isinstance(place, Rescaling)
         forgetful = Rescaling(place.name, place.units, (place.entries[0], *place.entries[2:]), log_uniform)
@@ -650,7 +650,7 @@ def test_a_wrong_finder_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_example_inputs_are_refused() -> None:
     with pytest.raises(TypeError, match="example_input is list; expected one tensor"):
-        find_symmetries(Mlp(), [1.0])  # type: ignore[arg-type]
+        find_symmetries(Mlp(), [1.0])
     with pytest.raises(ValueError, match="at least one row"):
         find_symmetries(Mlp(), torch.empty(0, 6))
     with pytest.raises(ValueError, match=r"Mlp fails on example_input of shape \(4, 5\)"):
