@@ -67,7 +67,7 @@ class AuditReport:
 
     @property
     def verdicts(self) -> dict[str, str]:
-        """Measure -> "survives", "changes up to x...", "undecided: ...", "does not apply", or "not tested" where no symmetry was found."""
+        """Measure -> "survives", "changes up to x...", "undecided: ...", "does not apply", or "not tested" without symmetry."""
         return {name: self._verdict(name) for name in self.measurements}
 
     def max_ratio(self) -> dict[str, dict[str, float]]:
