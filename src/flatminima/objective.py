@@ -145,7 +145,7 @@ class Objective:
         _check_options(mode, micro_batch, max_memory, second_order, weight)
         if torch.is_inference_mode_enabled():
             raise ObjectiveError("nothing can be differentiated under torch.inference_mode(); leave it first")
-        self.model, wrapper = _unwrapped(model)
+        self.model, wrapper = unwrapped(model)
         self.loss_fn, self.mode, self.seed = loss_fn, mode, seed
         self.max_memory, self.second_order, self.check = max_memory, second_order, check
         self.process_group = process_group
@@ -781,14 +781,19 @@ def _select(model: nn.Module, keep: ParameterFilter | None) -> tuple[list[str], 
     return [name for name, _ in chosen], [p for _, p in chosen]
 
 
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module within DistributedDataParallel, DataParallel and torch.compile, and what was taken off, in words.
+
+    Raises:
+        ObjectiveError: not a module.
+    """
     if not isinstance(model, nn.Module):
         raise ObjectiveError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         inner: nn.Module = model.module
-        return _unwrapped(inner)[0], f"measured without its {type(model).__name__} wrapper"
+        return unwrapped(inner)[0], f"measured without its {type(model).__name__} wrapper"
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        return _unwrapped(model._orig_mod)[0], "measured without torch.compile, which has no second derivative"  # type: ignore[arg-type]
+        return unwrapped(model._orig_mod)[0], "measured without torch.compile, which has no second derivative"  # type: ignore[arg-type]
     return model, ""
 
 

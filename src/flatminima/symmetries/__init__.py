@@ -17,11 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from . import relu
-from .base import Action, Findings, Member, Proof, Scale, Site, Symmetry, prove
+from .actions import Action, Scale
+from .base import Findings, Member, Site, Symmetry
 from .graph import Network, UntraceableError, trace
+from .kinds import KINDS, Kind
+from .proof import Proof, prove
 
 __all__ = [
+    "KINDS",
     "Action",
+    "Kind",
     "Member",
     "Proof",
     "Scale",

@@ -31,13 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .base import Entries, Findings, Rescaling, Symmetry, log_uniform, log_uniform_shared
+from .base import Findings, Symmetry
 from .graph import Network
+from .sites import Entries, Rescaling, log_uniform, log_uniform_shared
 
 LAYER = "relu-layer-rescaling"
 UNIT = "relu-unit-rescaling"
-
-_LAW = "theta' = D theta, g' = D^-1 g, H' = D^-1 H D^-1 with D diagonal and positive, "
 
 
 def find(network: Network) -> Findings:
@@ -58,8 +57,8 @@ def find(network: Network) -> Findings:
     layers = tuple(Rescaling(p.name, p.units, p.entries, log_uniform_shared) for p in found)
     units = tuple(Rescaling(p.name, p.units, p.entries, log_uniform) for p in found)
     proposed = (
-        Symmetry(LAYER, _LAW + "one scale for each layer", layers),
-        Symmetry(UNIT, _LAW + "one scale for each unit or channel", units),
+        Symmetry.of(LAYER, layers),
+        Symmetry.of(UNIT, units),
     )
     return Findings(proposed, tuple(rejected))
 
