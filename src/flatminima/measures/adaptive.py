@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from flatminima.measures import scales
 from flatminima.measures.base import Measurement, Workbench, register
-from flatminima.measures.invariance import DIAGONAL, NEARLY, SIGNED_PERMUTATIONS
-from flatminima.measures.sharpness import CHANGES_DISTANCES, Ball, average, worst
+from flatminima.measures.invariance import ALL, CHANGES_RATIOS, KEEPS_RATIOS, NEARLY, SIGNED_PERMUTATIONS
+from flatminima.measures.sharpness import Ball, average, worst
 
-#: What relative displacements of single weights survive. A key bias and a unit that nothing reads have no effect at all, so
-#: their own size does not matter either.
-KEEPS_RATIOS = SIGNED_PERMUTATIONS | DIAGONAL | {"key-bias-shift", "dead-unit"}
-_MIXES = frozenset({"sigmoid-flip", "query-key", "value-output", "value-bias-shift", "residual-stream"})
-CHANGES_RATIOS = _MIXES | {"softmax-shift", "layernorm-shift", "duplicate-unit", "temperature"}
 _KEEPS_ROWS = SIGNED_PERMUTATIONS | {"relu-layer-rescaling", "query-key-diagonal", "key-bias-shift"}
-_CHANGES_ROWS = CHANGES_RATIOS | {
-    "relu-unit-rescaling",
-    "norm-gain-rescaling",
-    "gated-rescaling",
-    "value-output-diagonal",
-    "dead-unit",
-}
+_CHANGES_ROWS = ALL - _KEEPS_ROWS - NEARLY
+_KEEPS_SIZES = SIGNED_PERMUTATIONS | {"key-bias-shift"}
 
 
 @register(
@@ -99,8 +89,8 @@ def filter_adaptive_sharpness(bench: Workbench) -> Measurement:
     "asam_sharpness",
     "ASAM sharpness, as coded",
     "Adaptive sharpness with the constants of common code: 0.01 is added to the weights' sizes, and biases count as they are.",
-    invariant_under=SIGNED_PERMUTATIONS | {"key-bias-shift"},
-    changes_under=CHANGES_DISTANCES | {"softmax-shift", "layernorm-shift"},
+    invariant_under=_KEEPS_SIZES,
+    changes_under=ALL - _KEEPS_SIZES,
     repair=("adaptive_sharpness",),
 )
 def asam_sharpness(bench: Workbench) -> Measurement:

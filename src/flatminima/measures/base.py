@@ -11,10 +11,11 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 
 from flatminima.curvature.lanczos import EigenResult, eigenpairs
-from flatminima.measures.invariance import KINDS, Invariance
+from flatminima.measures.invariance import Invariance
 from flatminima.measures.options import MeasureOptions
 from flatminima.names import unknown
 from flatminima.objective import Objective, ObjectiveError
+from flatminima.symmetries.kinds import KINDS
 
 CostClass = Literal["cheap", "moderate", "expensive"]
 _T = TypeVar("_T")

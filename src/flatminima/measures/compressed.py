@@ -24,7 +24,7 @@ from scipy.special import gammaln
 from torch import Tensor
 
 from flatminima.measures.base import Measurement, Workbench, register
-from flatminima.measures.invariance import KINDS, SIGNED_PERMUTATIONS
+from flatminima.measures.invariance import ALL, SIGNED_PERMUTATIONS
 from flatminima.objective import NonFiniteLossError, Objective
 
 _OCTAVE = 4  # steps a factor of two
@@ -134,7 +134,7 @@ def _per_size(counts: Sequence[float]) -> list[float]:
     "Bytes that describe the weights after rounding them as coarsely as the loss tolerates.",
     flatter_when=None,
     invariant_under=SIGNED_PERMUTATIONS | {"relu-layer-rescaling"},
-    changes_under=frozenset(KINDS) - SIGNED_PERMUTATIONS - {"relu-layer-rescaling"},
+    changes_under=ALL - SIGNED_PERMUTATIONS - {"relu-layer-rescaling"},
     cost_class="moderate",
 )
 def compressed_size(bench: Workbench) -> Measurement:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flatminima.measures.base import Measurement, Workbench, register
-from flatminima.measures.hessian import CHANGES_RAY, KEEPS_RAY, quadratic_form
-from flatminima.measures.invariance import NEARLY
+from flatminima.measures.hessian import quadratic_form
+from flatminima.measures.invariance import CHANGES_RAY, KEEPS_RAY, NEARLY
 from flatminima.objective import Objective
 
 

@@ -7,17 +7,18 @@ from torch import Tensor
 
 from flatminima.curvature.piecewise_linear import exact_diagonal, why_not
 from flatminima.curvature.trace import trace as hessian_trace
-from flatminima.measures.adaptive import CHANGES_RATIOS, KEEPS_RATIOS
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
-from flatminima.measures.invariance import DEGENERATE, LINEAR, NEARLY, SHIFTS
-from flatminima.measures.sharpness import CHANGES_DISTANCES, KEEPS_DISTANCES
+from flatminima.measures.invariance import (
+    CHANGES_DISTANCES,
+    CHANGES_RATIOS,
+    CHANGES_RAY,
+    KEEPS_DISTANCES,
+    KEEPS_RATIOS,
+    KEEPS_RAY,
+    NEARLY,
+)
 from flatminima.objective import Objective, ObjectiveError
 from flatminima.operators import Operator
-
-#: What a second derivative along the weight vector survives: every map that takes the ray through the weights to the ray
-#: through the new ones, and shifts along which the loss is constant. Where units are dead or equal, they stay so on the ray.
-KEEPS_RAY = LINEAR | SHIFTS | DEGENERATE
-CHANGES_RAY = frozenset({"value-bias-shift", "temperature"})
 
 
 @register(

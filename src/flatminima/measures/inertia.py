@@ -16,7 +16,7 @@ from torch import Tensor
 from flatminima.curvature.dense import dense
 from flatminima.curvature.density import density
 from flatminima.measures.base import Measurement, Workbench, register
-from flatminima.measures.invariance import DEGENERATE, LINEAR, NEARLY, SHIFTS
+from flatminima.measures.invariance import ALL, CONDITIONAL, NEARLY
 
 _RUNS, _STEPS = 8, 60
 
@@ -92,8 +92,8 @@ def _measured(name: str, bench: Workbench, count: tuple[float, float], found: In
     return Measurement(name, count[0], count[1], "95 % interval", False, note=note)
 
 
-_INVARIANT = LINEAR | SHIFTS | {"value-bias-shift"}
-_CHANGES = DEGENERATE | {"temperature"}
+_CHANGES = CONDITIONAL | {"temperature"}
+_INVARIANT = ALL - _CHANGES - NEARLY
 
 
 @register(

@@ -1,51 +1,39 @@
-"""The kinds of function-preserving maps, and the sets of them under which whole families of measures behave alike.
+r"""What whole families of measures do under the kinds of symmetry, and why.
 
-A map that preserves the function for *every* value of the parameters is affine in them here: :math:`\\theta' = A\\theta + c`,
-so that :math:`g' = A^{-\\top} g` and :math:`H' = A^{-\\top} H A^{-1}`. What a measure does under a kind follows from what
-kind of :math:`A` and :math:`c` it is; each set below is one answer to that, and says why.
+Under an affine map :math:`\theta' = D\theta + t` that preserves the function for every :math:`\theta`,
+:math:`g' = D^{-\top} g` and :math:`H' = D^{-\top} H D^{-1}` (see :mod:`flatminima.symmetries.kinds`). What a measure does under a kind follows from what
+:math:`D` and :math:`t` are; each set below is one answer to that.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+from flatminima.symmetries.kinds import KINDS
+
 Invariance = Literal["invariant", "almost", "changes", "unknown"]
 
 #: How a table shows each; "almost": up to the epsilon of a normalisation layer.
 MARKS: dict[Invariance, str] = {"invariant": "✓", "almost": "~", "changes": "✗", "unknown": "–"}
 
-#: Kinds of symmetry, in the order of the tables; :mod:`flatminima.symmetries` finds and proves them in a model.
-KINDS = (
-    "relu-layer-rescaling",
-    "relu-unit-rescaling",
-    "unit-permutation",
-    "head-permutation",
-    "sign-flip",
-    "sigmoid-flip",
-    "norm-gain-rescaling",
-    "gated-rescaling",
-    "pre-norm-rescaling",
-    "layernorm-shift",
-    "query-key",
-    "query-key-diagonal",
-    "key-bias-shift",
-    "value-output",
-    "value-output-diagonal",
-    "value-bias-shift",
-    "residual-stream",
-    "softmax-shift",
-    "dead-unit",
-    "duplicate-unit",
-    "temperature",
-)
+ALL = frozenset(KINDS)
 
-#: Signed permutations of the parameters: the metric and every coordinate's size stay.
-SIGNED_PERMUTATIONS = frozenset({"unit-permutation", "head-permutation", "sign-flip"})
+#: Signed permutations of the parameters: distances and the size of every weight stay.
+SIGNED_PERMUTATIONS = frozenset(k.name for k in KINDS.values() if k.form == "linear" and k.orthogonal)
 
 #: Translations along directions in which the loss is constant: derivatives stay, the sizes of the weights do not.
-SHIFTS = frozenset({"softmax-shift", "layernorm-shift", "key-bias-shift"})
+SHIFTS = frozenset(k.name for k in KINDS.values() if k.form == "affine" and k.orthogonal)
 
-#: Diagonal :math:`A` that the entries of each tensor follow: relative changes of single weights stay.
+#: Exact only as far as the epsilon of a normalisation layer is negligible.
+NEARLY = frozenset(k.name for k in KINDS.values() if not k.exact)
+
+#: Linear for all parameters: the ray through the weights becomes the ray through the new ones.
+LINEAR = frozenset(k.name for k in KINDS.values() if k.form == "linear" and k.exact and k.preserves == "outputs")
+
+#: Preserve the function on a part of parameter space only, so that nothing follows for derivatives.
+CONDITIONAL = frozenset(k.name for k in KINDS.values() if k.form == "conditional")
+
+#: Linear maps whose :math:`D` is diagonal: relative changes of single weights stay.
 DIAGONAL = frozenset(
     {
         "relu-layer-rescaling",
@@ -57,14 +45,18 @@ DIAGONAL = frozenset(
     }
 )
 
-#: Linear :math:`A` with :math:`c = 0`: the ray through the weights is mapped to the ray through the new ones.
-LINEAR = SIGNED_PERMUTATIONS | DIAGONAL | {"sigmoid-flip", "query-key", "value-output", "residual-stream"}
+#: Every kind that leaves the loss alone; the temperature leaves only the order of the classes.
+FUNCTION_PRESERVING = ALL - {"temperature"}
 
-#: Diagonal too, but exact only as far as a normalisation layer's epsilon is negligible.
-NEARLY = frozenset({"pre-norm-rescaling"})
+#: What is measured in Euclidean distances, or in any other norm of the coordinates, survives these and no others.
+KEEPS_DISTANCES = SIGNED_PERMUTATIONS | SHIFTS
+CHANGES_DISTANCES = ALL - KEEPS_DISTANCES
 
-#: Preserve the function on a part of parameter space only, so no law for derivatives follows.
-DEGENERATE = frozenset({"dead-unit", "duplicate-unit"})
+#: What relative displacements of single weights survive. A key bias and a unit that nothing reads have no effect at all, so
+#: their own size does not matter either.
+KEEPS_RATIOS = SIGNED_PERMUTATIONS | DIAGONAL | {"key-bias-shift", "dead-unit"}
+CHANGES_RATIOS = ALL - KEEPS_RATIOS - NEARLY
 
-#: Every kind that preserves the loss; the temperature preserves only which class comes first.
-FUNCTION_PRESERVING = frozenset(KINDS) - {"temperature"}
+#: What derivatives along the weight vector survive. Units that are dead or equal stay so along the ray.
+KEEPS_RAY = LINEAR | SHIFTS | CONDITIONAL
+CHANGES_RAY = ALL - KEEPS_RAY - NEARLY

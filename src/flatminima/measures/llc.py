@@ -19,7 +19,7 @@ from flatminima.curvature.diagonal import diagonal
 from flatminima.curvature.probes import random_stream
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.hessian import curvature_diagonal
-from flatminima.measures.invariance import KINDS, SHIFTS, SIGNED_PERMUTATIONS
+from flatminima.measures.invariance import CHANGES_DISTANCES, KEEPS_DISTANCES
 from flatminima.measures.mcmc import effective_draws, split_r_hat
 from flatminima.objective import NonFiniteLossError, Objective
 
@@ -191,8 +191,8 @@ class _Chain:
     "local_learning_coefficient",
     "local learning coefficient",
     "Half the effective number of parameters around the minimum, by Langevin sampling; small where it is degenerate.",
-    invariant_under=SIGNED_PERMUTATIONS | SHIFTS,
-    changes_under=frozenset(KINDS) - SIGNED_PERMUTATIONS - SHIFTS,
+    invariant_under=KEEPS_DISTANCES,
+    changes_under=CHANGES_DISTANCES,
     cost_class="expensive",
 )
 def local_learning_coefficient(bench: Workbench) -> Measurement:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from flatminima.measures import scales
-from flatminima.measures.adaptive import CHANGES_RATIOS, KEEPS_RATIOS
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
-from flatminima.measures.invariance import NEARLY
-from flatminima.measures.sharpness import CHANGES_DISTANCES, KEEPS_DISTANCES, Ball, average, worst
+from flatminima.measures.invariance import CHANGES_DISTANCES, CHANGES_RATIOS, KEEPS_DISTANCES, KEEPS_RATIOS, NEARLY
+from flatminima.measures.sharpness import Ball, average, worst
 from flatminima.objective import LossFn, Objective
 
 

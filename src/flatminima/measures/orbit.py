@@ -22,8 +22,10 @@ from flatminima.measures.hessian import exact_diagonal_of, exact_rounding
 from flatminima.measures.invariance import NEARLY, SIGNED_PERMUTATIONS
 from flatminima.objective import Objective
 from flatminima.symmetries import relu
-from flatminima.symmetries.base import Rescaling, Symmetry, prove
+from flatminima.symmetries.base import Symmetry
 from flatminima.symmetries.graph import UntraceableError, trace
+from flatminima.symmetries.proof import prove
+from flatminima.symmetries.sites import Rescaling
 
 _PROOF_ROWS = 16
 
@@ -129,10 +131,10 @@ def _coefficients(objective: Objective, h: Tensor, sites: tuple[Rescaling, ...])
     first = 1
     for site in sites:
         for entries in site.entries:
-            role = {1: writes, -1: reads}[entries.power]
-            if entries.name in role:
-                raise NotApplicableError(f"{entries.name} belongs to two sites in the same role")
-            role[entries.name] = entries.unit + first
+            role = {1.0: writes, -1.0: reads}.get(entries.power)
+            if role is None or entries.name in role:
+                raise NotApplicableError(f"the units of {site.name} do not scale {entries.name} once, by d or 1/d")
+            role[entries.name] = torch.where(entries.unit >= 0, entries.unit + first, 0)
         first += site.units
     rows, columns, values = [], [], []
     zero = torch.zeros((), dtype=torch.int64)

@@ -14,10 +14,16 @@ from torch import Tensor
 
 from flatminima.curvature.probes import random_stream
 from flatminima.measures import scales
-from flatminima.measures.adaptive import CHANGES_RATIOS, KEEPS_RATIOS
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
-from flatminima.measures.invariance import KINDS, NEARLY, SIGNED_PERMUTATIONS
-from flatminima.measures.sharpness import CHANGES_DISTANCES, KEEPS_DISTANCES
+from flatminima.measures.invariance import (
+    ALL,
+    CHANGES_DISTANCES,
+    CHANGES_RATIOS,
+    KEEPS_DISTANCES,
+    KEEPS_RATIOS,
+    NEARLY,
+    SIGNED_PERMUTATIONS,
+)
 from flatminima.objective import NonFiniteLossError, Objective
 
 _TOLERANCE = 1e-3  # relative, of sigma: well below its standard error
@@ -125,7 +131,7 @@ def _measured(name: str, value: float, found: ToleratedNoise, note: str = "") ->
     "PAC-Bayes term",
     "Squared length of the weights over the squared noise that they take: the complexity in a PAC-Bayes bound.",
     invariant_under=SIGNED_PERMUTATIONS,
-    changes_under=frozenset(KINDS) - SIGNED_PERMUTATIONS,
+    changes_under=ALL - SIGNED_PERMUTATIONS,
     cost_class="expensive",
     repair=("pac_bayes_magnitude_flatness",),
 )

@@ -21,7 +21,7 @@ from flatminima.curvature.per_sample import RowLayoutError
 from flatminima.curvature.row_squares import Pass, check_rows_apart, each_pass
 from flatminima.curvature.trace import trace
 from flatminima.measures.base import Measurement, Workbench, register
-from flatminima.measures.invariance import DEGENERATE, NEARLY, SHIFTS, SIGNED_PERMUTATIONS
+from flatminima.measures.invariance import CONDITIONAL, NEARLY, SHIFTS, SIGNED_PERMUTATIONS
 from flatminima.measures.outputs import last_layer, tied, why_no_last_layer
 from flatminima.names import unknown
 from flatminima.objective import Objective
@@ -223,7 +223,7 @@ class _RowMixed(Operator):
     "Curvature in the last layer's weights, weighed by their inner products; a layer's own scale cancels.",
     invariant_under=SIGNED_PERMUTATIONS | SHIFTS | {"relu-layer-rescaling", "query-key", "query-key-diagonal"},
     almost_under=NEARLY,
-    changes_under=DEGENERATE
+    changes_under=CONDITIONAL
     | {"relu-unit-rescaling", "norm-gain-rescaling", "sigmoid-flip", "residual-stream", "temperature"},
     applies=why_no_last_layer,
     repair=("adaptive_trace",),

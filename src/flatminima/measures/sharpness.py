@@ -18,23 +18,8 @@ from flatminima.batches import cut_rows
 from flatminima.curvature.probes import random_stream
 from flatminima.measures import scales
 from flatminima.measures.base import Measurement, Workbench, register
-from flatminima.measures.invariance import (
-    DEGENERATE,
-    DIAGONAL,
-    NEARLY,
-    SHIFTS,
-    SIGNED_PERMUTATIONS,
-)
+from flatminima.measures.invariance import CHANGES_DISTANCES, KEEPS_DISTANCES
 from flatminima.objective import NonFiniteDerivativeError, NonFiniteLossError, Objective
-
-#: Where distances are Euclidean: signed permutations and shifts keep them, every other kind changes them.
-KEEPS_DISTANCES = SIGNED_PERMUTATIONS | SHIFTS
-CHANGES_DISTANCES = (
-    DIAGONAL
-    | NEARLY
-    | DEGENERATE
-    | {"sigmoid-flip", "query-key", "value-output", "value-bias-shift", "residual-stream", "temperature"}
-)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
-from flatminima.measures.invariance import DIAGONAL, KINDS, LINEAR, NEARLY, SHIFTS
+from flatminima.measures.invariance import ALL, DIAGONAL, LINEAR, NEARLY, SHIFTS
 from flatminima.measures.outputs import forward, last_layer, why_no_last_layer
 from flatminima.objective import Objective
 
@@ -120,7 +120,7 @@ def _why_no_units(objective: Objective) -> str | None:
     "live units",
     "Hidden units whose activation is not the same for all data.",
     flatter_when=None,
-    invariant_under=frozenset(KINDS) - NEARLY - {"dead-unit"},
+    invariant_under=ALL - NEARLY - {"dead-unit"},
     almost_under=NEARLY,
     changes_under=frozenset({"dead-unit"}),
     cost_class="cheap",

@@ -26,7 +26,7 @@ from flatminima.curvature.diagonal import diagonal
 from flatminima.curvature.probes import random_stream
 from flatminima.measures.base import Measurement, Workbench, register
 from flatminima.measures.hessian import curvature_diagonal
-from flatminima.measures.invariance import KINDS, SIGNED_PERMUTATIONS
+from flatminima.measures.invariance import ALL, SIGNED_PERMUTATIONS
 from flatminima.objective import NonFiniteLossError, Objective
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
@@ -211,7 +211,7 @@ class _Radial:
     "Log of the Gaussian measure of the region around the minimum where the loss stays low: an estimate from below.",
     flatter_when="higher",
     invariant_under=SIGNED_PERMUTATIONS,
-    changes_under=frozenset(KINDS) - SIGNED_PERMUTATIONS,
+    changes_under=ALL - SIGNED_PERMUTATIONS,
     cost_class="expensive",
 )
 def log_basin_volume(bench: Workbench) -> Measurement:
