@@ -1,8 +1,8 @@
 r"""What whole families of measures do under the kinds of symmetry, and why.
 
 Under an affine map :math:`\theta' = D\theta + t` that preserves the function for every :math:`\theta`,
-:math:`g' = D^{-\top} g` and :math:`H' = D^{-\top} H D^{-1}` (see :mod:`flatminima.symmetries.kinds`). What a measure does under a kind follows from what
-:math:`D` and :math:`t` are; each set below is one answer to that.
+:math:`g' = D^{-\top} g` and :math:`H' = D^{-\top} H D^{-1}` (see :mod:`flatminima.symmetries.kinds`).
+What a measure does under a kind follows from what :math:`D` and :math:`t` are; each set below is one answer to that.
 """
 
 from __future__ import annotations

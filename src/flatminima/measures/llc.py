@@ -222,5 +222,7 @@ def local_learning_coefficient(bench: Workbench) -> Measurement:
             else f"{100 * found.accepted:.3g} % of the proposals accepted, so no bias of the step"
         )
     )
+    if found.value < 0:
+        note += "; negative: on average the loss is lower around this point, which is no minimum"
     converged = found.r_hat < _AGREE and found.effective >= 25 * options.chains
     return Measurement("local_learning_coefficient", found.value, found.error, "standard error", converged, note=note)

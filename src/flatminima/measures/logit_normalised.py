@@ -13,7 +13,7 @@ from flatminima.measures import scales
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.invariance import CHANGES_DISTANCES, CHANGES_RATIOS, KEEPS_DISTANCES, KEEPS_RATIOS, NEARLY
 from flatminima.measures.sharpness import Ball, average, worst
-from flatminima.objective import LossFn, Objective
+from flatminima.objective import LossFn, NonFiniteLossError, Objective
 
 
 def why_not_normalised(objective: Objective) -> str | None:
@@ -56,7 +56,12 @@ def logit_normalised(objective: Objective) -> Objective:
         spread = output.std(dim=1, correction=0, keepdim=True)
         return loss_fn(output / spread, target)
 
-    return objective.with_loss(normalised_loss)
+    twin = objective.with_loss(normalised_loss)
+    try:
+        twin.loss()
+    except NonFiniteLossError as error:
+        raise NotApplicableError(f"the logits of a row are all equal, and have no spread to divide by ({error})") from error
+    return twin
 
 
 def _twin(bench: Workbench) -> Objective:
