@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_every_measure_by_name() -> None:
         "basin_volume",
         "fisher_rao",
     ):
-        with pytest.raises(FloatingPointError, match="batch 0|NaN or infinite"):
+        with pytest.raises(FloatingPointError, match=r"batch 0|NaN or infinite"):
             measure(f, [name])
 
 
