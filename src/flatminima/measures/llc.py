@@ -162,8 +162,8 @@ class _Chain:
                     self.step *= math.exp((chance - _ACCEPTED) / (1 + number) ** 0.6)
             else:
                 losses[number - burn_in] = loss
-                accepted += chance / draws
-        return losses, accepted, self.step
+                accepted += chance
+        return losses, accepted / draws, self.step
 
     def _evaluate(self, at: Tensor) -> tuple[float, float, Tensor]:
         """``U``, the loss, and the gradient of ``U``."""
