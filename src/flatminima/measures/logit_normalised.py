@@ -60,7 +60,9 @@ def logit_normalised(objective: Objective) -> Objective:
     try:
         twin.loss()
     except NonFiniteLossError as error:
-        raise NotApplicableError(f"the logits of a row are all equal, and have no spread to divide by ({error})") from error
+        raise NotApplicableError(
+            f"the logits of a row are all equal, and have no spread to divide by ({error})"
+        ) from error
     return twin
 
 

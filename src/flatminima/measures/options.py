@@ -64,7 +64,7 @@ class MeasureOptions:
     draws: int = 16
     micro_batch: int = 32
     max_micro_batches: int = 16
-    zero_threshold: float = 1e-6
+    zero_threshold: float = 1e-10
     dense_limit: int = 2000
     relative_flatness_layer: str | None = None
     margin_quantile: float = 0.1

@@ -19,7 +19,7 @@ from flatminima.curvature.piecewise_linear import exact_diagonal, why_not
 from flatminima.measures.balancing import balance
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.hessian import exact_diagonal_of, exact_rounding
-from flatminima.measures.invariance import NEARLY, SIGNED_PERMUTATIONS
+from flatminima.measures.invariance import NEARLY
 from flatminima.objective import Objective
 from flatminima.symmetries import relu
 from flatminima.symmetries.base import Symmetry
@@ -174,8 +174,16 @@ def _why_not(objective: Objective) -> str | None:
     "orbit_minimal_trace",
     "orbit-minimal trace",
     "Smallest Hessian trace that rescaling single units can reach: one number for all rescaled copies of a network.",
-    invariant_under=(SIGNED_PERMUTATIONS - {"head-permutation", "sign-flip"})
-    | {"relu-layer-rescaling", "relu-unit-rescaling", "norm-gain-rescaling", "softmax-shift", "dead-unit"},
+    invariant_under=frozenset(
+        {
+            "unit-permutation",
+            "relu-layer-rescaling",
+            "relu-unit-rescaling",
+            "norm-gain-rescaling",
+            "softmax-shift",
+            "dead-unit",
+        }
+    ),
     changes_under=NEARLY | {"residual-stream", "duplicate-unit", "temperature"},
     applies=_why_not,
 )

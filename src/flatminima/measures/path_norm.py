@@ -17,16 +17,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
-from flatminima.measures.invariance import NEARLY, SIGNED_PERMUTATIONS
+from flatminima.measures.invariance import NEARLY
 from flatminima.objective import Objective
 from flatminima.symmetries.graph import UntraceableError, trace
 
-_KEEPS = (SIGNED_PERMUTATIONS - {"head-permutation"}) | {
-    "relu-layer-rescaling",
-    "relu-unit-rescaling",
-    "norm-gain-rescaling",
-    "dead-unit",
-}
+_KEEPS = frozenset(
+    {"unit-permutation", "relu-layer-rescaling", "relu-unit-rescaling", "norm-gain-rescaling", "dead-unit"}
+)
 _CHANGES = frozenset({"residual-stream", "softmax-shift", "duplicate-unit", "temperature"})
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
