@@ -24,6 +24,7 @@ from flatminima.objective import SECOND_ORDER, NonFiniteLossError, Objective, Ob
 from flatminima.protocols import reproduce_factorization
 from flatminima.report import render
 from flatminima.report.factorization_page import render_factorization
+from flatminima.report.measure_list import invariance_table, kinds_table
 from flatminima.report.terminal import audit_table, compare_table, measurement_tables
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
@@ -234,9 +235,14 @@ def measure(
 
 
 @app.command("measures")
-def list_measures() -> None:
+def list_measures(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The tables of docs/measures.md instead.")] = False,
+) -> None:
     """List the measures: what they cost, and what reparameterisations they survive."""
-    _out.print(cli_measure.listing())
+    if markdown:
+        _out.print(f"{kinds_table()}\n\n{invariance_table()}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        _out.print(cli_measure.listing())
 
 
 @app.command()
