@@ -259,11 +259,27 @@ class Symmetry:
 
 
 @dataclass(frozen=True)
+class FalseFriend:
+    """A map that looks like a symmetry and is none: proposed all the same, so that the proof refuses it with a number.
+
+    Attributes:
+        site: the layer, for people.
+        symmetry: the map.
+        reason: why it is none.
+    """
+
+    site: str
+    symmetry: Symmetry
+    reason: str
+
+
+@dataclass(frozen=True)
 class Findings:
     """What one finder has to say: symmetries it proposes, and (site, reason) for the places it had to refuse."""
 
-    proposed: tuple[Symmetry, ...]
-    rejected: tuple[tuple[str, str], ...]
+    proposed: tuple[Symmetry, ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
+    false_friends: tuple[FalseFriend, ...] = ()
 
 
 def _double(tensor: Tensor) -> Tensor:
