@@ -36,10 +36,10 @@ class Transformer(nn.Module):
     def __init__(self, width: int = 4, heads: int = 2) -> None:
         super().__init__()
         self.heads = heads
-        self.embed = nn.Linear(3, width)
+        self.embed = nn.Linear(2, width)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.gate, self.up, self.down = nn.Linear(width, 3), nn.Linear(width, 3), nn.Linear(3, width)
+        self.gate, self.up, self.down = nn.Linear(width, 2), nn.Linear(width, 2), nn.Linear(2, width)
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,25 +72,26 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP, sigmoid": (lambda: _perceptron(nn.Sigmoid), (4,)),
     "CNN + BN": (_convolutional, (1, 4)),
     "residual": (Residual, (4,)),
-    "transformer": (Transformer, (3, 3)),
+    "transformer": (Transformer, (3, 2)),
 }
 
 
 def build(name: str) -> nn.Module:
-    """With a dead unit in the first hidden layer of the perceptrons and two equal units in their last."""
+    """The last hidden layer of the perceptrons has a dead unit, which is off and which nothing reads, and two equal ones."""
     torch.manual_seed(0)
     make, _ = NETS[name]
     model = make().double().eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.5 * torch.randn_like(p))
+            p.add_(0.3 * torch.randn_like(p))
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2.0)
         if isinstance(model, nn.Sequential) and isinstance(model[0], nn.Linear):
-            model[2].weight[:, 1] = 0.0
+            model[2].weight[0], model[2].bias[0], model[4].weight[:, 0] = 0.0, -0.5, 0.0
             model[2].weight[3], model[2].bias[3] = model[2].weight[2], model[2].bias[2]
+            model[2].bias[2:] += 1.0  # on for most data
     return model
 
 

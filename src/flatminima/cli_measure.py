@@ -59,7 +59,9 @@ def refuse_inapplicable(objective: Objective, names: Sequence[str]) -> None:
 
 def listing() -> Table:
     """Every measure with its cost and the number of function-preserving kinds of map that it survives."""
-    table = Table("Measure", "What it is", "Cost", "Survives", "Changes", "Use instead", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for heading in ("Measure", "What it is", "Cost", "Survives", "Changes", "Use instead"):
+        table.add_column(heading, no_wrap=heading == "Measure")
     for m in MEASURES.values():
         counts = [len(kinds & FUNCTION_PRESERVING) for kinds in (m.invariant_under | m.almost_under, m.changes_under)]
         name = f"{m.name} *" if m.default else m.name

@@ -92,8 +92,8 @@ def _measured(name: str, bench: Workbench, count: tuple[float, float], found: In
     return Measurement(name, count[0], count[1], "95 % interval", False, note=note)
 
 
-_CHANGES = CONDITIONAL | {"temperature"}
-_INVARIANT = ALL - _CHANGES - NEARLY
+_CHANGES = frozenset({"dead-unit", "temperature"})
+_INVARIANT = ALL - CONDITIONAL - _CHANGES - NEARLY
 
 
 @register(

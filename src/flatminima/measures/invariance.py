@@ -57,6 +57,7 @@ CHANGES_DISTANCES = ALL - KEEPS_DISTANCES
 KEEPS_RATIOS = SIGNED_PERMUTATIONS | DIAGONAL | {"key-bias-shift", "dead-unit"}
 CHANGES_RATIOS = ALL - KEEPS_RATIOS - NEARLY
 
-#: What derivatives along the weight vector survive. Units that are dead or equal stay so along the ray.
-KEEPS_RAY = LINEAR | SHIFTS | CONDITIONAL
+#: What derivatives along the weight vector survive. Units that are dead or equal stay so along the ray. Of the shifts, that of
+#: what feeds a normalisation moves the running mean with it where batch norm has one, and then not along a constant direction.
+KEEPS_RAY = LINEAR | CONDITIONAL | (SHIFTS - {"layernorm-shift"})
 CHANGES_RAY = ALL - KEEPS_RAY - NEARLY

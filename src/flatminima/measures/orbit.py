@@ -15,19 +15,17 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix, csr_matrix
 from torch import Tensor
 
+from flatminima.batches import cut_rows
 from flatminima.curvature.piecewise_linear import exact_diagonal, why_not
 from flatminima.measures.balancing import balance
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.hessian import exact_diagonal_of, exact_rounding
 from flatminima.measures.invariance import NEARLY
 from flatminima.objective import Objective
-from flatminima.symmetries import relu
-from flatminima.symmetries.base import Symmetry
-from flatminima.symmetries.graph import UntraceableError, trace
-from flatminima.symmetries.proof import prove
-from flatminima.symmetries.sites import Rescaling
+from flatminima.symmetries import Rescaling, find_symmetries
 
 _PROOF_ROWS = 16
+_KINDS = ("relu-unit-rescaling", "norm-gain-rescaling")
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,7 @@ def orbit_minimum(objective: Objective, diagonal: Tensor | None = None) -> Orbit
     (:mod:`~flatminima.measures.balancing`).
 
     Args:
-        objective: of a piecewise linear network; sites are those of :mod:`flatminima.symmetries.relu`: linear layers,
-            convolutions, batch norm in evaluation mode.
+        objective: of a piecewise linear network; its units are found by :func:`~flatminima.symmetries.find_symmetries`.
         diagonal: of its Hessian ``(n,)``, if it is at hand.
 
     Raises:
@@ -102,26 +99,18 @@ def orbit_minimum(objective: Objective, diagonal: Tensor | None = None) -> Orbit
 def _sites(objective: Objective) -> tuple[tuple[Rescaling, ...], tuple[tuple[str, str], ...]]:
     """Where units can be rescaled, proved on a few rows; and where not."""
     _, piece, _ = next(iter(objective._shares()))
-    if not isinstance(piece.inputs, Tensor):
-        raise NotApplicableError("the units that can be rescaled are found in models of one input tensor")
-    few = piece.inputs[:_PROOF_ROWS]
-    try:
-        findings = relu.find(trace(objective.model, few))
-    except UntraceableError as error:
-        raise NotApplicableError(str(error)) from error
-    refused = list(findings.rejected)
-    sites = []
-    for symmetry in findings.proposed:
-        if symmetry.kind != relu.UNIT:
-            continue
-        for place in symmetry.places:
-            assert isinstance(place, Rescaling)
-            member = Symmetry(symmetry.kind, symmetry.law, (place,)).member(torch.Generator().manual_seed(0))
-            if prove(objective.model, member, few).preserved:
-                sites.append(place)
-            else:
-                refused.append((place.name, "a proof in double precision failed"))
-    return tuple(sites), tuple(refused)
+    few = cut_rows(piece.inputs, piece.rows, slice(0, _PROOF_ROWS))
+    search = find_symmetries(objective.model, few, kinds=_KINDS, mode=objective.mode)
+    sites: list[Rescaling] = []
+    scaled: set[tuple[str, float]] = set()
+    for place in (place for symmetry in search.found for place in symmetry.places):
+        assert isinstance(place, Rescaling)
+        roles = {(entries.name, entries.power) for entries in place.entries}
+        if not roles & scaled:  # batch norm before a ReLU is a site of both kinds
+            sites.append(place)
+            scaled |= roles
+    refused = tuple(dict.fromkeys(pair for pair in search.rejected if pair[0] not in {site.name for site in sites}))
+    return tuple(sites), refused
 
 
 def _coefficients(objective: Objective, h: Tensor, sites: tuple[Rescaling, ...]) -> csr_matrix:
@@ -180,6 +169,7 @@ def _why_not(objective: Objective) -> str | None:
             "relu-layer-rescaling",
             "relu-unit-rescaling",
             "norm-gain-rescaling",
+            "layernorm-shift",
             "softmax-shift",
             "dead-unit",
         }

@@ -7,9 +7,10 @@ weights of all paths; with squares, they sum their squares.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.invariance import NEARLY
 from flatminima.objective import Objective
-from flatminima.symmetries.graph import UntraceableError, trace
 
 _KEEPS = frozenset(
     {"unit-permutation", "relu-layer-rescaling", "relu-unit-rescaling", "norm-gain-rescaling", "dead-unit"}
 )
-_CHANGES = frozenset({"residual-stream", "softmax-shift", "duplicate-unit", "temperature"})
+_CHANGES = frozenset({"layernorm-shift", "residual-stream", "softmax-shift", "duplicate-unit", "temperature"})
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _CONVOLUTION_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
@@ -58,6 +58,7 @@ class _Paths(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, power: int) -> None:
         super().__init__(module)
         self.power = power
+        self.extra_traceback = False  # a refusal is a sentence
 
     def _of(self, number: Any) -> Any:
         return None if number is None else number.detach().double().abs() ** self.power
@@ -199,11 +200,11 @@ def path_norm_of(objective: Objective, power: int = 2) -> float:
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
         raise NotApplicableError("the inputs are not one tensor of numbers")
     try:
-        network = trace(objective.model, inputs[:1])
-    except (UntraceableError, ValueError) as error:
-        raise NotApplicableError(str(error)) from error
+        graph = fx.symbolic_trace(copy.deepcopy(objective.model).eval())
+    except Exception as error:
+        raise NotApplicableError(f"torch.fx cannot trace {type(objective.model).__name__}: {error}") from error
     ones = torch.ones_like(inputs[:1], dtype=torch.float64, device=objective.device)
-    output = _Paths(cast(fx.GraphModule, network.modules[""]), power).run(ones)
+    output = _Paths(graph, power).run(ones)
     if not isinstance(output, Tensor):
         raise NotApplicableError(f"the model returns a {type(output).__name__}, not one tensor")
     total = float(output.sum())
