@@ -109,8 +109,7 @@ def _sites(objective: Objective) -> tuple[tuple[Rescaling, ...], tuple[tuple[str
         if not roles & scaled:  # batch norm before a ReLU is a site of both kinds
             sites.append(place)
             scaled |= roles
-    refused = tuple(dict.fromkeys(pair for pair in search.rejected if pair[0] not in {site.name for site in sites}))
-    return tuple(sites), refused
+    return tuple(sites), search.rejected
 
 
 def _coefficients(objective: Objective, h: Tensor, sites: tuple[Rescaling, ...]) -> csr_matrix:
