@@ -121,7 +121,7 @@ def test_nothing_is_left_open_that_the_networks_can_tell() -> None:
 SEEDS = 8
 COSTLY = MeasureOptions(
     rtol=1e-10, max_probes=400, ascent_starts=1, draws=24, micro_batch=4, directions=48, chains=2, burn_in=60, chain_draws=120,
-    localization=3.0, loss_rise=0.3, radius=0.3, adaptive_rho=0.3,
+    localization=3.0, loss_rise=1e-3, radius=0.01, adaptive_rho=0.01,
 )  # fmt: skip
 GROUPS = {
     "averages": sorted(SAMPLED),

@@ -60,7 +60,7 @@ def _inertia(bench: Workbench) -> Inertia:
         options, precise = bench.options, bench.precise
         if precise.n <= options.dense_limit:
             return eigenvalue_counts(torch.linalg.eigvalsh(dense(precise, max_n=precise.n)), options.zero_threshold)
-        found = density(bench.objective, runs=_RUNS, steps=_STEPS, seed=bench.seed)
+        found = density(precise, runs=_RUNS, steps=_STEPS, seed=bench.seed)
         threshold = max(options.zero_threshold * max(abs(found.range[0]), abs(found.range[1])), found.rounding)
         below, not_above = found.mass_below(-threshold), found.mass_below(threshold)
         return Inertia(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.invariance import FUNCTION_PRESERVING, NEARLY
 from flatminima.measures.norms import CHANGES_SPECTRUM, KEEPS_SPECTRUM, spectral_product_of, why_no_matrices
-from flatminima.measures.outputs import forward, why_no_outputs
+from flatminima.measures.outputs import forward, forward_rounding, why_no_outputs
 from flatminima.objective import Objective
 
 _KEEPS = FUNCTION_PRESERVING - NEARLY
@@ -99,7 +99,7 @@ def _measured(name: str, bench: Workbench, quantile: float) -> Measurement:
     if not len(found):
         raise NotApplicableError("every target is ignored")
     value = float(np.quantile(found.numpy(), quantile))
-    error = bench.objective.rounding * float(found.abs().max())
+    error = forward_rounding(bench.objective) * float(found.abs().max())
     share = float((found > 0).double().mean())
     return Measurement(
         name, value, error, "rounding", True, note=f"of {len(found)} targets, {100 * share:.4g} % predicted rightly"

@@ -32,6 +32,11 @@ class Seen:
     inputs: Tensor | None = None
 
 
+def forward_rounding(objective: Objective) -> float:
+    """Relative rounding of what a forward pass computes, about; that of Hessian products is another matter."""
+    return 8 * float(torch.finfo(objective.dtype).eps)
+
+
 def why_no_outputs(objective: Objective) -> str | None:
     """Why outputs and targets cannot be read off, or ``None``. Cost: none."""
     if objective.loss_fn is None:

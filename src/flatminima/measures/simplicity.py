@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.invariance import ALL, DIAGONAL, LINEAR, NEARLY, SHIFTS
-from flatminima.measures.outputs import forward, last_layer, why_no_last_layer
+from flatminima.measures.outputs import forward, forward_rounding, last_layer, why_no_last_layer
 from flatminima.objective import Objective
 
 _ACTIVATIONS = frozenset(
@@ -172,6 +172,6 @@ def participation_ratio(bench: Workbench) -> Measurement:
         raise NotApplicableError("the features are the same for all rows")
     value = total**2 / squares
     return Measurement(
-        "participation_ratio", value, 16 * objective.rounding * value, "rounding", True,
+        "participation_ratio", value, 2 * forward_rounding(objective) * value, "rounding", True,
         note=f"of {scatter.shape[0]} features of layer {name!r}",
     )  # fmt: skip
