@@ -144,11 +144,16 @@ class Tape:
 
     def describe(self, call: Call) -> str:
         """The operation for people: ``'bn1 (BatchNorm2d)'`` where a layer of torch does it, else ``'gelu'``."""
-        module = self.modules.get(call.module)
-        is_layer = module is not None and type(module).__module__.startswith("torch.nn") and call.module
-        if is_layer and not any(module.children()) and not isinstance(module, nn.Identity):  # type: ignore[union-attr]
-            return f"{call.module} ({type(module).__name__})"
-        return call.function if call.function.rstrip("_") != call.op and call.function else call.op
+        module = self.modules.get(call.module) if call.module else None
+        if module is None or any(True for _ in module.children()) or isinstance(module, nn.Identity):
+            return call.function or call.op
+        is_layer = type(module).__module__.startswith("torch.nn") or call.op == "normalise" or is_activation(module)
+        return f"{call.module} ({type(module).__name__})" if is_layer else call.function or call.op
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module has neither parts nor parameters, like an activation function."""
+    return next(module.children(), None) is None and next(module.parameters(), None) is None
 
 
 def record(model: nn.Module, inputs: Any, mode: str = "eval") -> Tape:
