@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 
 def generic(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Float64, all parameters and running statistics away from zero and one, so that a forgotten one is seen."""
+    """Float64, with all parameters and running statistics drawn anew: none of them zero or one, so that a forgotten one is seen."""
     g = torch.Generator().manual_seed(seed)
     model = model.double()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and "inv_freq" not in name:
-            noise = torch.rand(tensor.shape, generator=g, dtype=torch.float64)
-            tensor.data.add_(0.5 * noise if "running_var" in name else 0.6 * (noise - 0.5))
+            noise = 1.2 * (torch.rand(tensor.shape, generator=g, dtype=torch.float64) - 0.5)
+            is_gain = tensor.ndim == 1 and name.endswith("weight")
+            tensor.data.copy_(noise + 1.0 if is_gain or "running_var" in name else noise)
     return model
 
 

@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from flatminima.objective import unwrapped
 
-from .execution import double_copy, outputs, run, widened
+from .execution import EagerMode, double_copy, outputs, run, widened
 
 PARAMETER, INPUT, CHOICE = 1, 2, 4
 """What a value depends on: parameters, floating-point inputs, integer inputs (tokens, masks); a sum of these."""
@@ -233,7 +232,7 @@ def _elements(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(EagerMode):
     def __init__(self, twin: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.twin = twin
