@@ -30,7 +30,15 @@ _WIDE = {
 _REINTERPRETS = frozenset({"aten::view.dtype", "aten::view_copy.dtype"})  # the bits, not the number
 
 
-class Widened(TorchDispatchMode):
+class EagerMode(TorchDispatchMode):
+    """A dispatch mode that never runs under `torch.compile`."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler, for seconds, to keep it away from a mode that it never meets
+
+
+class Widened(EagerMode):
     """Every operation that asks for a narrower floating-point type gets float64 instead."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -40,7 +40,7 @@ from .ops import (
 )
 from .parameters import Entry, Parameters
 from .rewrite import Norm
-from .tape import PARAMETER, Call, Tape, Value
+from .tape import PARAMETER, Call, Tape, Value, is_activation
 
 Group = Literal["positive", "odd", "suspect"]
 
@@ -197,6 +197,8 @@ class Flow:
 
     def _handler(self, call: Call) -> Callable[[Call], bool] | None:
         op = call.op
+        if self.group == "suspect" and self._is_activation(call):
+            return self._suspect
         if op in _CONTRACTS:
             return self._contract
         for names, handler in (
@@ -284,14 +286,19 @@ class Flow:
             return self._through(call, "homogeneous", labels)
         if op in DEGREES:
             return DEGREES[op] == 0 or self._through(call, "homogeneous", labels, DEGREES[op])
-        if self.group == "suspect" and (op in NEARLY or self._is_activation(call)):
+        if self.group == "suspect" and op in NEARLY:
             return self._through(call, "suspect", labels)
         return False
 
+    def _suspect(self, call: Call) -> bool:
+        """A step inside an activation function: whatever it computes goes by the units it is given."""
+        same = [value for value in call.inputs if self.is_free(value) and value.shape == call.out[0].shape]
+        return bool(same) and self._through(call, "suspect", self.labels(same[0]))
+
     def _is_activation(self, call: Call) -> bool:
         """Whether the operation belongs to an activation function that is a module of its own, as those of Hugging Face."""
-        module = self.tape.modules.get(call.module)
-        return bool(call.module) and module is not None and not any(module.children()) and not any(module.parameters())
+        module = self.tape.modules.get(call.module) if call.module else None
+        return module is not None and not type(module).__module__.startswith("torch.nn") and is_activation(module)
 
     def _through(self, call: Call, category: str, labels: Tensor, degree: float = 1.0) -> bool:
         self._note(category, call, labels)
@@ -386,8 +393,9 @@ class Flow:
             if free[i] and id(value) in self._numbers:
                 self._note("gain", call, both[i])
         if not all(free):
-            mine = both[0 if free[0] else 1]
-            self._note("scaled", call, mine)
+            mine, value = (both[0], first) if free[0] else (both[1], second)
+            if id(value) not in self._numbers:  # a gain is itself what writes the units
+                self._note("scaled", call, mine)
             return self._set(call.out[0], mine)
         out = self._fresh_pairs(call, *both)
         return self._set(call.out[0], out)

@@ -39,6 +39,8 @@ def find(network: Network) -> Findings:
         shifts = list(_shifts(network, classes, refused))
         if shifts:
             proposed.append(Symmetry.of("softmax-shift", shifts, class_axis=axis))
+    else:
+        refused.append(("output", "softmax-shift: no layer writes the logits and nothing else"))
     hot = [group for group in network.to_output.groups if "output" in group.categories]
     if hot:
         places = [group.rescaling(log_uniform) for group in hot]

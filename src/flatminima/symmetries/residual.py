@@ -27,7 +27,7 @@ from .base import Findings, Site, Symmetry
 from .classes import FIXED, pairs, position_among
 from .flow import NormUse
 from .network import Network
-from .scales import NORMS, Group, TiedError
+from .scales import NORMS, Group, TiedError, brief
 from .sites import Slices, invertible, orthogonal, slices
 
 
@@ -37,7 +37,7 @@ def find(network: Network) -> Findings:
     refused: list[tuple[str, str]] = []
     for group in network.raw.groups:
         linear = group.categories <= {"write", "read", "scaled", "norm"} and group.categories & {"read", *NORMS}
-        if len(group.roots) > 1 and group.writers and "write" in group.categories and linear:
+        if len(group.roots) > 1 and "write" in group.categories and linear and _is_stream(group, network):
             try:
                 found.append(_stream(group, network))
             except (TiedError, ValueError) as reason:
@@ -115,16 +115,22 @@ class _Behind:
 
 
 def _stream(group: Group, network: Network) -> _Stream:
-    if not alike(network, group.roots):
-        raise ValueError("its units are multiplied by different constants")
     norms = [use for use in network.flow.norms if _reads(use, group, network)]
     behind = [_behind(use, group, network) for use in norms]
     parts: list[_Part] = []
     for name in network.raw.uses_of:
         parts += _agreed(name, group, behind, network)
     keeps_ones = any(use.norm.centred for use in norms)
-    name = group.name if group.readers else f"{group.name}{', '.join(dict.fromkeys(use.call.module for use in norms))}"
-    return _Stream(name, len(group.roots), tuple(parts), bool(norms), keeps_ones)
+    ends = tuple(
+        dict.fromkeys([*(use.call.module or network.tape.describe(use.call) for use in norms), *group.readers])
+    )
+    return _Stream(f"{brief(group.writers)} -> {brief(ends)}", len(group.roots), tuple(parts), bool(norms), keeps_ones)
+
+
+def _is_stream(group: Group, network: Network) -> bool:
+    """Whether nothing singles out a unit: no constants of their own, no normalisation that mixes them with positions."""
+    uses = [use for use in network.flow.norms if _reads(use, group, network)]
+    return bool(group.writers) and alike(network, group.roots) and all(use.norm.style == "layer" for use in uses)
 
 
 def _reads(use: NormUse, group: Group, network: Network) -> bool:
@@ -135,7 +141,7 @@ def _behind(use: NormUse, group: Group, network: Network) -> _Behind:
     """What a normalisation hands on; refused if anything but linear layers receives it."""
     where = network.tape.describe(use.call)
     before = network.raw.classes.roots(use.before)[0].reshape(-1)
-    if use.norm.style != "layer" or not torch.equal(torch.sort(before).values, group.roots):
+    if not torch.equal(torch.sort(before).values, group.roots):
         raise ValueError(f"{where} does not normalise exactly its units")
     gains = dict(
         pair

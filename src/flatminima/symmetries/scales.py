@@ -41,7 +41,8 @@ class Group:
     @property
     def name(self) -> str:
         """For people: ``'fc1 -> fc2'``."""
-        return f"{brief(self.writers)} -> {brief(self.readers)}"
+        ends = brief(self.readers) or ("output" if "output" in self.categories else "")
+        return f"{brief(self.writers)} -> {ends}" if ends else brief(self.writers)
 
     @cached_property
     def categories(self) -> frozenset[str]:
@@ -84,7 +85,7 @@ class Scales:
         raw: bool = False,
     ) -> None:
         self.flow, self.classes = flow, flow.classes.copy()
-        self._through_norms, self._to_output, self._raw = through_norms, to_output, raw
+        self._trade, self._through_norms, self._to_output, self._raw = trade, through_norms, to_output, raw
         self._entries = [entry for use in flow.uses for entry in use.entries]
         self._data = flow.parameters.data_entries(flow.classes)
         self.uses_of: dict[str, list[tuple[Entry, bool]]] = defaultdict(list)
@@ -95,9 +96,9 @@ class Scales:
             self._settle_parallel()
         else:
             self._judge()
-            self._settle_products(trade)
+            self._settle_products()
             self._settle_ties()
-            self._settle_products(trade)
+            self._settle_products()
         self.classes.freeze()
 
     def _judge(self) -> None:
@@ -117,7 +118,7 @@ class Scales:
                 for together in use.together():
                     self.classes.tie(together, together[:1], "they are normalised together")
 
-    def _settle_products(self, trade: bool) -> None:
+    def _settle_products(self) -> None:
         pending = [(p.first, p.second, p.out, p.call) for p in self.flow.products]
         while pending:
             left = []
@@ -129,14 +130,18 @@ class Scales:
                 free = ~(fixed_a | fixed_b)
                 (root_a, ratio_a), (root_b, ratio_b) = self.classes.roots(a), self.classes.roots(b)
                 for i in (free & (root_a == root_b)).nonzero().reshape(-1).tolist():
-                    self.classes.tie(out[i], a[i], why, float((ratio_a[i] + ratio_b[i]) / ratio_a[i]))
+                    power = float((ratio_a[i] + ratio_b[i]) / ratio_a[i])
+                    if power:
+                        self.classes.tie(out[i], a[i], why, power)
+                    else:
+                        self.classes.fix(out[i], why)
                 free &= root_a != root_b
                 if bool(free.any()):
                     left.append((a[free], b[free], out[free], call))
             if len(left) == len(pending) and all(len(x[0]) == len(y[0]) for x, y in zip(left, pending, strict=True)):
                 a, b, out, call = left[0]
                 why = f"it is one of two factors at {self.flow.tape.describe(call)}; the other one is rescaled"
-                if trade:
+                if self._trade:
                     self.classes.fix(out, why)
                     self.classes.tie(a, b, why, -1.0)
                     left = left[1:]
@@ -277,7 +282,8 @@ class Scales:
 
     def _ends(self, events: tuple[int, ...]) -> bool:
         """Whether the units may end where no weight reads them."""
-        return any(self.flow.events[i].category in NORMS | {"output"} for i in events)
+        ends = NORMS | {"output"} | ({"product"} if self._trade else set())
+        return any(self.flow.events[i].category in ends for i in events)
 
     @cached_property
     def _gains(self) -> set[int]:

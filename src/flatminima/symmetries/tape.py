@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from flatminima.objective import unwrapped
 
-from .execution import double_copy, outputs, run, widened
+from .execution import EagerMode, double_copy, outputs, run, widened
 
 PARAMETER, INPUT, CHOICE = 1, 2, 4
 """What a value depends on: parameters, floating-point inputs, integer inputs (tokens, masks); a sum of these."""
@@ -144,11 +143,16 @@ class Tape:
 
     def describe(self, call: Call) -> str:
         """The operation for people: ``'bn1 (BatchNorm2d)'`` where a layer of torch does it, else ``'gelu'``."""
-        module = self.modules.get(call.module)
-        is_layer = module is not None and type(module).__module__.startswith("torch.nn") and call.module
-        if is_layer and not any(module.children()) and not isinstance(module, nn.Identity):  # type: ignore[union-attr]
-            return f"{call.module} ({type(module).__name__})"
-        return call.function if call.function.rstrip("_") != call.op and call.function else call.op
+        module = self.modules.get(call.module) if call.module else None
+        if module is None or any(True for _ in module.children()) or isinstance(module, nn.Identity):
+            return call.function or call.op
+        is_layer = type(module).__module__.startswith("torch.nn") or call.op == "normalise" or is_activation(module)
+        return f"{call.module} ({type(module).__name__})" if is_layer else call.function or call.op
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module has neither parts nor parameters, like an activation function."""
+    return next(module.children(), None) is None and next(module.parameters(), None) is None
 
 
 def record(model: nn.Module, inputs: Any, mode: str = "eval") -> Tape:
@@ -228,7 +232,7 @@ def _elements(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(EagerMode):
     def __init__(self, twin: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.twin = twin
