@@ -1,7 +1,7 @@
 """Seek flat minima, measure flatness with error bars, and judge whether the number means anything."""
 
 from flatminima import curvature, operators, problems
-from flatminima.audit import AuditReport, audit
+from flatminima.audit import AuditReport, MinimaComparison, audit, compare_minima, random_orbit_test
 from flatminima.averaging import SWAD
 from flatminima.curvature import density, eigenpairs, spectrum, trace
 from flatminima.measures import MEASURES, Measurement, MeasureOptions, measure
@@ -19,10 +19,12 @@ __all__ = [
     "AuditReport",
     "MeasureOptions",
     "Measurement",
+    "MinimaComparison",
     "Objective",
     "Perturbation",
     "__version__",
     "audit",
+    "compare_minima",
     "curvature",
     "density",
     "eigenpairs",
@@ -31,6 +33,7 @@ __all__ = [
     "operators",
     "problems",
     "prove",
+    "random_orbit_test",
     "spectrum",
     "trace",
 ]

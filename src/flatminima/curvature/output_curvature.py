@@ -58,7 +58,8 @@ def output_curvature(loss: Callable[[Tensor], Tensor], outputs: Tensor) -> Outpu
     image = product(vector)
     largest = float(image.abs().max())
     # Between outputs that are all but certain there is nothing but rounding to compare; outputs of ordinary size tell.
-    if _coupled(product, vector, scales) and _coupled(product_at(flat + draw(*flat.shape)), vector, scales):
+    ordinary = flat + draw(*flat.shape), flat / flat.abs().amax().clamp_min(1.0)
+    if _coupled(product, vector, scales) and all(_coupled(product_at(at), vector, scales) for at in ordinary):
         raise CoupledRowsError(
             "the loss of one row depends on the outputs of other rows; a mean over rows of a loss of their own is needed"
         )
