@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -15,17 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import flatminima
-from flatminima import cli_measure
-from flatminima.audit import audit as run_audit
+from flatminima import cli_audit, cli_measure
 from flatminima.data import DATASETS, DataError
-from flatminima.measures import GROUPS, MEASURES, MeasureOptions, resolve
+from flatminima.measures import GROUPS, MeasureOptions, resolve
 from flatminima.models import MODELS
 from flatminima.objective import SECOND_ORDER, NonFiniteLossError, Objective, ObjectiveError
 from flatminima.protocols import reproduce_factorization
 from flatminima.report import render
 from flatminima.report.factorization_page import render_factorization
 from flatminima.report.measure_list import invariance_table, kinds_table
-from flatminima.report.terminal import audit_table, compare_table, measurement_tables
+from flatminima.report.terminal import audit_tables, compare_table, measurement_tables
+from flatminima.study.audit_settings import AuditSettings
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
 from flatminima.study.measure_settings import MATRICES
@@ -163,7 +162,6 @@ _Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights: safetensors, or a state_dict from torch.save. Pickles are refused.")
 ]
 _MEASURES_HELP = f"Comma-separated names (flatminima measures lists them) or {', '.join(GROUPS)}"
-_Measures = Annotated[str | None, typer.Option(help=f"{_MEASURES_HELP}; 'default' by default.")]
 _Option = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="NAME=VALUE", help="Of the measures, such as micro_batch=64; repeat."),
@@ -247,43 +245,56 @@ def list_measures(
 
 @app.command()
 def audit(
-    reference: _Reference,
-    checkpoint: _Checkpoint = None,
-    measures: _Measures = None,
-    members: Annotated[int, typer.Option(help="Random reparameterisations per symmetry.")] = 5,
-    max_scale: Annotated[float, typer.Option(help="Largest factor of a rescaling.")] = 20.0,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE.py:FUNCTION] [WEIGHTS] [WEIGHTS]",
+            help="FUNCTION returns (model, loss_fn, data). One checkpoint is audited, two are compared. Checkpoints of a "
+            "comparison (DIR/runs/*.safetensors) need no FUNCTION.",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="The same as WEIGHTS: safetensors, or a state_dict from torch.save. Pickles are refused; repeat."
+        ),
+    ] = None,
+    measures: Annotated[
+        str | None,
+        typer.Option(help=f"{_MEASURES_HELP}; by default 'default' and what would be used instead of them."),
+    ] = None,
+    kinds: Annotated[
+        str | None, typer.Option(help="Comma-separated kinds of symmetry; by default all that are found.")
+    ] = None,
+    members: Annotated[
+        int | None, typer.Option(help="Random reparameterisations per symmetry (default 5; 2 for each of two).")
+    ] = None,
+    checks: Annotated[
+        int | None,
+        typer.Option(help="How many of these check what is declared invariant (default 2; 1 for each of two)."),
+    ] = None,
+    max_scale: Annotated[float, typer.Option(help="Largest factor of a rescaling.")] = AuditSettings.max_scale,
+    mode: Annotated[str, typer.Option(help="eval, or train for batch statistics.")] = AuditSettings.mode,
+    option: _Option = None,
+    rows: Annotated[int | None, typer.Option(help="Use the first so many rows of the data.")] = None,
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     device: _Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Directory of audit.json and of the page, audit.html.")] = None,
     json_path: _Json = None,
 ) -> None:
-    """Judge which numbers survive reparameterisations that change no prediction."""
-    names = _names(measures)
+    """Judge which numbers are about the function, and which of two minima is flatter, if either."""
+    reference, paths = cli_audit.named(arguments or [], checkpoint or [])
+    settings = AuditSettings(
+        measures=_listed(measures), kinds=_listed(kinds), members=members, checks=checks, max_scale=max_scale, mode=mode,
+        options=AuditSettings.options.assigned(option or []), seed=seed,
+    )  # fmt: skip
     _check_json(json_path)
-    target = _target(reference, checkpoint, device)
-    if target.loss_fn is None or not all(isinstance(x, torch.Tensor) for x, _ in target.data):
-        raise TargetError(
-            f"{reference}: an audit needs a loss function and batches (x, y) whose x is one tensor; measure takes more"
-        )
-    report = run_audit(
-        target.model, target.loss_fn, target.data, measures=names, members=members, max_scale=max_scale, seed=seed
-    )
-    kinds = list(report.proofs)
-    ratios = report.max_ratio()
-    rows = [
-        {
-            "label": MEASURES[name].label,
-            "max_ratio": ratios[name],
-            "invariant_under": MEASURES[name].invariant_under,
-            "verdict": verdict.split(" up to ")[0],  # the factors stand beside it
-        }
-        for name, verdict in report.verdicts.items()
-    ]
-    _out.print(audit_table(rows, kinds))
-    for kind, change in report.proofs.items():
-        _out.print(f"{kind}: outputs change by at most {change:.1g}, relative, over {members} members", highlight=False)
-    for site, reason in report.rejected:
-        _out.print(f"not rescaled: {site}: {reason}", highlight=False, markup=False)
-    _save(json_path, report.to_dict())
+    cli_measure.check_out(out)
+    found, target = cli_audit.minima(reference, paths, _device(device))
+    data = cli_audit.rows(target, rows)
+    results = cli_audit.run(found, target, data, settings, shlex.join(["flatminima", *sys.argv[1:]]), _err)
+    _out.print(audit_tables(results))
+    cli_audit.save(results, out, json_path, _out)
 
 
 @_reproduce.command("factorization")
@@ -319,9 +330,13 @@ def reproduce_factorization_command(
 
 
 def _names(measures: str | None) -> list[str] | None:
-    names = None if measures is None else [m.strip() for m in measures.split(",") if m.strip()]
+    names = _listed(measures)
     resolve(names)
-    return names
+    return None if names is None else list(names)
+
+
+def _listed(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _target(reference: str, checkpoint: Path | None, device: str) -> Target:
@@ -344,9 +359,3 @@ def _check_json(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         reason = "it is a directory" if path.is_dir() else f"there is no directory {path.parent}"
         raise StoreError(f"--json {path} cannot be written: {reason}")
-
-
-def _save(path: Path | None, content: dict[str, Any]) -> None:
-    if path is not None:
-        write_json(path, json.loads(json.dumps(content), parse_constant=lambda _: None))
-        _out.print(str(path.resolve()), highlight=False, markup=False, soft_wrap=True)

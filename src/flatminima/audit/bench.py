@@ -55,7 +55,7 @@ class Bench:
         self.loss_fn = copy.deepcopy(loss_fn).double() if isinstance(loss_fn, nn.Module) else loss_fn
         self.options, self.mode, self.seed = options, mode, seed
         plain = self.at(self.model).loss()
-        with Widened():
+        with Widened():  # type: ignore[no-untyped-call]
             self.loss = self.at(self.model).loss()
         self._casts = self.loss != plain
         with self.lifted():  # the one construction that checks the function; its copies are the same function
@@ -84,7 +84,7 @@ class Bench:
 
     def lifted(self) -> contextlib.AbstractContextManager[Any]:
         """Where everything is computed."""
-        return Widened() if self._casts else contextlib.nullcontext()
+        return Widened() if self._casts else contextlib.nullcontext()  # type: ignore[no-untyped-call]
 
     def measured(self, model: nn.Module, names: Iterable[str]) -> tuple[float, dict[str, Measurement]]:
         """Loss and measures of a member; a measure that fails there has no value, and the others go on."""

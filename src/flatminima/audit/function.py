@@ -15,7 +15,9 @@ from flatminima.symmetries.execution import double_copy, outputs, run
 
 Relation = Literal["same", "same within rounding", "same probabilities", "same up to temperature", "different"]
 
-_ROUNDINGS = 10.0  # a change of the outputs within so many times what one random rounding of the weights does is rounding
+_ROUNDINGS = (
+    10.0  # a change of the outputs within so many times what one random rounding of the weights does is rounding
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def compare_functions(
 
     Example:
         >>> net = nn.Linear(2, 3)
-        >>> compare_functions(net, net, [(torch.randn(4, 2), torch.zeros(4, dtype=torch.long))], mode="eval", classes=True).relation
+        >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.long))]
+        >>> compare_functions(net, net, data, mode="eval", classes=True).relation
         'same'
     """
     twins = [double_copy(model, mode) for model in (first, second)]

@@ -96,9 +96,8 @@ def judge(
 
 def worst(changes: Iterable[Change]) -> Status | None:
     """The worst status; ``None`` of nothing."""
-    order = list(MEANING)
-    found = [change.status for change in changes]
-    return max(found, key=order.index) if found else None
+    found = {change.status for change in changes}
+    return next((status for status in reversed(MEANING) if status in found), None)
 
 
 def spread(values: Sequence[float]) -> float | None:

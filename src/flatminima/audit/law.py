@@ -6,8 +6,8 @@ For a diagonal :math:`D`
 .. math:: \mathrm{tr} H' = \sum_k H_{kk} / d_k^2 ,
 
 so the part of the trace that lies in weights divided by :math:`\beta` grows by :math:`\beta^2`: for one layer scale
-:math:`\mathrm{tr} H' = a/\beta^2 + b\,\beta^2 + c`, and a large inflation is :math:`\beta^2` times the share :math:`b/\mathrm{tr} H`.
-A factor without its scale and its share says nothing.
+:math:`\mathrm{tr} H' = a/\beta^2 + b\,\beta^2 + c`, and a large inflation is :math:`\beta^2` times the share
+:math:`b/\mathrm{tr} H`. A factor without its scale and its share says nothing.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class TraceLaw:
         """Whether every measured trace is the predicted one within three combined errors."""
         rows = zip(self.predicted, self.predicted_errors, self.measured, self.measured_errors, strict=True)
         return all(
-            abs(p - m) <= ERRORS * math.hypot(e, s) + ROUNDING * max(abs(p), abs(m)) for p, e, m, s in rows if math.isfinite(m)
+            abs(p - m) <= ERRORS * math.hypot(e, s) + ROUNDING * max(abs(p), abs(m))
+            for p, e, m, s in rows
+            if math.isfinite(m)
         )
 
     @property
@@ -103,7 +105,9 @@ def trace_laws(
     Cost: that of the exact diagonal; where there is none, 30 Hessian products for all members of all orbits.
     """
     objective = bench.objective
-    diagonal = [(orbit, measured[orbit.kind]) for orbit in orbits if orbit.kind in measured and _is_diagonal(bench, orbit)]
+    diagonal = [
+        (orbit, measured[orbit.kind]) for orbit in orbits if orbit.kind in measured and _is_diagonal(bench, orbit)
+    ]
     count = sum(len(values) for _, values in diagonal)
     if not count:
         return (), ""
@@ -171,10 +175,8 @@ def _law(
     exact: bool,
 ) -> TraceLaw:
     predicted = samples.mean(0)
-    if exact:
-        errors = objective.rounding * (weights @ diag.abs())
-    else:
-        errors = samples.std(0) / math.sqrt(len(samples))
+    rounding = objective.rounding * (weights @ diag.abs())
+    errors = rounding if exact else samples.std(0) / math.sqrt(len(samples))
     trace = float(own.mean())
     resolved = exact or abs(trace) > ERRORS * float(own.std()) / math.sqrt(len(own))
     changes = [max(abs(p / trace), abs(trace / p)) if p * trace > 0 else math.inf for p in predicted.tolist()]
@@ -190,12 +192,12 @@ def _law(
 def _parts(objective: Objective, diag: Tensor, weights: Tensor, trace: float) -> tuple[Part, ...]:
     """The parameters by their part of the member's trace; those that it leaves alone are not among them."""
     found = []
-    blocks = zip(
-        objective.split(diag).items(), objective.split(weights).values(), strict=True
-    )
+    blocks = zip(objective.split(diag).items(), objective.split(weights).values(), strict=True)
     for (name, h), w in blocks:
         own, moved = float(h.sum()), float((h * w).sum())
         if bool((w != 1).any()) and own:
             uniform = bool(torch.allclose(w, w.flatten()[0].expand_as(w), rtol=1e-12))
-            found.append((moved, Part(name, own / trace, moved / own, float(w.flatten()[0]) ** -0.5 if uniform else None)))
+            found.append(
+                (moved, Part(name, own / trace, moved / own, float(w.flatten()[0]) ** -0.5 if uniform else None))
+            )
     return tuple(part for _, part in sorted(found, key=lambda item: -abs(item[0])))

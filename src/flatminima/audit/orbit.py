@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,7 +52,7 @@ class Orbit:
     @property
     def function_preserving(self) -> bool:
         """Whether its maps are changes of coordinates and nothing else; others keep only the probabilities or predictions."""
-        return self.preserves == "outputs"
+        return keeps_outputs(self.symmetry)
 
     def member(self, index: int) -> Member:
         """The random member of this number; the same one at every call, whatever else is audited."""
@@ -61,24 +61,51 @@ class Orbit:
 
 
 def find_orbits(
-    bench: Bench, kinds: Iterable[str] | None, hints: Iterable[Symmetry], members: int, max_scale: float
+    bench: Bench,
+    kinds: Iterable[str] | None,
+    hints: Iterable[Symmetry],
+    count: Callable[[Symmetry], int],
+    max_scale: float,
+    budget: int | None = None,
 ) -> tuple[list[Orbit], list[tuple[str, str]]]:
     """The symmetries of a network whose members are all proved, and ``(site, reason)`` for what is left out.
+
+    Args:
+        bench: the network.
+        kinds: to look for; all by default.
+        hints: proved like all others.
+        count: how many members are wanted of a symmetry.
+        max_scale: of the members.
+        budget: most members in all; the kinds with most get fewer then, and each at least one.
 
     Cost: that of :func:`~flatminima.symmetries.find_symmetries`, and a forward pass for every member.
     """
     search = find_symmetries(
-        bench.model, bench.inputs(_PROBE_ROWS), kinds=None if kinds is None else list(kinds), mode=bench.mode, hints=hints
+        bench.model,
+        bench.inputs(_PROBE_ROWS),
+        kinds=None if kinds is None else list(kinds),
+        mode=bench.mode,
+        hints=hints,
     )
     rejected = list(search.rejected)
+    usable = list(_usable(bench, search, rejected))
+    wanted = [count(symmetry) for symmetry in usable]
+    most = max(wanted, default=0)
+    while budget is not None and most > 1 and sum(min(w, most) for w in wanted) > budget:
+        most -= 1
     orbits = []
-    for symmetry in _usable(bench, search, rejected):
-        orbit, reason = _proved(bench, Orbit(symmetry, members, max_scale, bench.seed))
+    for symmetry, members in zip(usable, wanted, strict=True):
+        orbit, reason = _proved(bench, Orbit(symmetry, min(members, most), max_scale, bench.seed))
         if reason is None:
             orbits.append(orbit)
         else:
             rejected.append((symmetry.kind, reason))
     return orbits, rejected
+
+
+def keeps_outputs(symmetry: Symmetry) -> bool:
+    """Whether a symmetry changes coordinates and nothing else."""
+    return symmetry.preserves == "outputs"
 
 
 def left_out(orbit: Orbit, loss: float, losses: Sequence[float]) -> str | None:

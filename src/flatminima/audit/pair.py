@@ -58,6 +58,11 @@ class Difference:
         """Whether the difference is one of functions: invariant by theorem, up to an epsilon at most, and held."""
         return self.basis in ("invariant", "nearly invariant")
 
+    @property
+    def of_flatness(self) -> bool:
+        """Whether the measure is one of flatness."""
+        return MEASURES[self.measure].flatter_when is not None
+
 
 @dataclass(frozen=True)
 class MinimaComparison:
@@ -104,7 +109,8 @@ class MinimaComparison:
             "differences": [
                 vars(d)
                 | {
-                    "label": MEASURES[d.measure].label, "trusted": d.trusted, "sentence": pair_words.sentence(self, d),
+                    "label": MEASURES[d.measure].label, "trusted": d.trusted,
+                    "of_flatness": d.of_flatness, "sentence": pair_words.sentence(self, d),
                     "flatter": None if d.flatter is None else self.names[d.flatter],
                 }
                 for d in self.differences
@@ -193,7 +199,7 @@ def _same_architecture(first: nn.Module, second: nn.Module) -> None:
     ]
     more = f", and {len(apart) - 3} more" if len(apart) > 3 else ""
     raise ObjectiveError(
-        f"the two networks have different architectures ({'; '.join(apart[:3])}{more}): their parameter spaces cannot be compared"
+        f"the two networks have different architectures ({'; '.join(apart[:3])}{more}): they have no coordinates in common"
     )
 
 

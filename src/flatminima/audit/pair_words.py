@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flatminima.audit import words
@@ -18,14 +16,11 @@ def verdict(found: MinimaComparison) -> str:
     a, b = found.names
     function = found.function
     if function.relation in ("same", "same within rounding"):
-        why = (
-            ""
-            if function.relation == "same"
-            else f", which rounding their weights explains ({function.rounding:.0e})"
-        )
+        rounded = function.relation == "same within rounding"
+        why = f", which rounding their weights explains ({function.rounding:.0e})" if rounded else ""
         return (
-            f"{a} and {b} are the same function: outputs agree to {function.max_change:.0e} of the largest{why}. Every difference "
-            "between them is coordinates; neither is flatter."
+            f"{a} and {b} are the same function: outputs agree to {function.max_change:.0e} of the largest{why}. Every "
+            "difference between them is coordinates; neither is flatter."
         )
     if function.relation == "same probabilities":
         return (
@@ -34,8 +29,8 @@ def verdict(found: MinimaComparison) -> str:
         )
     if function.relation == "same up to temperature":
         return (
-            f"{b} is {a} at another temperature: its outputs are {function.factor:.4g} times those of {a}, every prediction is the "
-            "same, and the loss is another one. Refused: what differs is confidence, and neither is flatter."
+            f"{b} is {a} at another temperature: its outputs are {function.factor:.4g} times those of {a}, every prediction is "
+            "the same, and the loss is another one. Refused: what differs is confidence, and neither is flatter."
         )
     if found.flatter is not None:
         return _flatter(found)
@@ -56,7 +51,7 @@ def details(found: MinimaComparison) -> list[str]:
     lines.append(
         f"Loss {losses[0]:.4g} ({a}) and {losses[1]:.4g} ({b}); length of the gradient {slopes[0]:.2g} and {slopes[1]:.2g}."
     )
-    trusted = [d for d in found.differences if d.trusted and _of_flatness(d)]
+    trusted = [d for d in found.differences if d.trusted and d.of_flatness]
     if trusted:
         lines.append(f"Invariant measures of flatness: {'; '.join(_difference(found, d) for d in trusted)}.")
     moving = [d for d in found.differences if d.basis == "coordinates" and d.flatter is not None]
@@ -86,8 +81,8 @@ def cautions(found: MinimaComparison) -> list[str]:
     losses = sorted(audit.loss for audit in found.audits)
     if found.function.relation == "different" and losses[1] > 1.1 * losses[0] > 0:
         lines.append(
-            f"The losses differ ({losses[0]:.4g} and {losses[1]:.4g}): under cross-entropy a better fit alone makes most curvature "
-            "smaller. Compare minima at equal training loss."
+            f"The losses differ ({losses[0]:.4g} and {losses[1]:.4g}): under cross-entropy a better fit alone makes most "
+            "curvature smaller. Compare minima at equal training loss."
         )
     lines.append("The differences are on these rows; whether the flatter one predicts better is another question.")
     for index, audit in enumerate(found.audits):
@@ -98,7 +93,7 @@ def cautions(found: MinimaComparison) -> list[str]:
 
 def sentence(found: MinimaComparison, d: Difference) -> str:
     """What one measure says, and whether it counts."""
-    if not _of_flatness(d):
+    if not d.of_flatness:
         return "No measure of flatness."
     if not d.resolved:
         return "The difference is within its error."
@@ -112,7 +107,11 @@ def sentence(found: MinimaComparison, d: Difference) -> str:
         return f"{says}; invariant, so it counts{'' if agrees else ', but others contradict it'}."
     against = found.flatter is not None and found.flatter != d.flatter
     if d.basis == "coordinates":
-        reach = "a change of coordinates alone goes as far" if d.within_orbit else "coordinates alone did not go as far here"
+        reach = (
+            "a change of coordinates alone goes as far"
+            if d.within_orbit
+            else "coordinates alone did not go as far here"
+        )
         return f"{says}; it depends on coordinates ({reach}){' and contradicts the verdict' if against else ''}."
     return f"{says}; not counted, because it is {d.basis}."
 
@@ -135,10 +134,12 @@ def _flatter(found: MinimaComparison) -> str:
     assert found.flatter is not None
     flat, sharp = found.names[found.flatter], found.names[1 - found.flatter]
     votes = found.votes
-    silent = [d for d in found.differences if d.trusted and _of_flatness(d) and not d.resolved]
+    silent = [d for d in found.differences if d.trusted and d.of_flatness and not d.resolved]
     rest = f"; {words.labels([d.measure for d in silent])} cannot tell" if silent else ""
     against = [d.measure for d in found.differences if not d.trusted and d.flatter == 1 - found.flatter]
-    contradiction = f" {words.some(words.labels_of(against))} would say the opposite, which is coordinates." if against else ""
+    contradiction = (
+        f" {words.some(words.labels_of(against))} would say the opposite, which is coordinates." if against else ""
+    )
     every = "the one invariant measure" if len(votes) == 1 else f"all {len(votes)} invariant measures"
     return (
         f"{flat} may be called flatter than {sharp} on these rows, by {every} whose difference exceeds its error "
@@ -147,7 +148,7 @@ def _flatter(found: MinimaComparison) -> str:
 
 
 def _refusal(found: MinimaComparison) -> str:
-    trusted = [d for d in found.differences if d.trusted and _of_flatness(d)]
+    trusted = [d for d in found.differences if d.trusted and d.of_flatness]
     if found.votes:
         sides = [[d.measure for d in found.votes if d.flatter == i] for i in (0, 1)]
         return (
@@ -155,7 +156,11 @@ def _refusal(found: MinimaComparison) -> str:
             f"{words.labels(sides[1])} would say {found.names[1]}."
         )
     resolved = [d.measure for d in found.differences if d.flatter is not None]
-    moving = f" What differs by more than its error depends on coordinates: {words.some(words.labels_of(resolved))}." if resolved else ""
+    moving = (
+        f" What differs by more than its error depends on coordinates: {words.some(words.labels_of(resolved))}."
+        if resolved
+        else ""
+    )
     if trusted:
         return (
             "no invariant measure of flatness differs by more than its error "
@@ -171,7 +176,3 @@ def _refusal(found: MinimaComparison) -> str:
 
 def _difference(found: MinimaComparison, d: Difference) -> str:
     return f"{MEASURES[d.measure].label} {d.difference:+.3g} ± {d.error:.1g}"
-
-
-def _of_flatness(d: Difference) -> bool:
-    return MEASURES[d.measure].flatter_when is not None

@@ -61,9 +61,11 @@ def random_orbit_test(
     for name, values in given.items():
         array = np.asarray(values, dtype=float)
         if len(values) != n or n < _LEAST:
-            raise ValueError(f"{name} has {len(values)} values: expected as many as before, which has {n}, and at least {_LEAST}")
+            raise ValueError(f"{name} has {len(values)} values: expected as many as before ({n}), at least {_LEAST}")
         if np.isnan(array).any():
-            raise ValueError(f"{name} has no number for network {int(np.isnan(array).argmax())}: leave it out of all lists")
+            raise ValueError(
+                f"{name} has no number for network {int(np.isnan(array).argmax())}: leave it out of all lists"
+            )
         if np.ptp(array) == 0:
             raise ValueError(f"{name} is {array[0]:g} for all {n} networks: there is no order among them")
     return RandomOrbitTest(

@@ -14,7 +14,7 @@ from torch import nn
 from flatminima.audit.bench import Bench
 from flatminima.audit.judge import Change, judge
 from flatminima.audit.law import trace_laws
-from flatminima.audit.orbit import Orbit, find_orbits, left_out, loss_change
+from flatminima.audit.orbit import Orbit, find_orbits, keeps_outputs, left_out, loss_change
 from flatminima.audit.repair import with_repairs
 from flatminima.audit.report import AuditReport
 from flatminima.measures import MEASURES, Measurement, MeasureOptions, resolve
@@ -42,6 +42,7 @@ def audit(
     mode: str = "eval",
     hints: Iterable[Symmetry] = (),
     laws: bool = True,
+    budget: int | None = None,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> AuditReport:
@@ -66,6 +67,7 @@ def audit(
         mode: ``"eval"``, or ``"train"`` for batch statistics.
         hints: symmetries that you know of; proved like all others.
         laws: whether to predict the Hessian trace of members of diagonal kinds (:class:`TraceLaw`).
+        budget: most members in all kinds together; kinds then get fewer than ``members``, and each at least one.
         seed: of the members and of the measures. A member depends on the seed, its kind and its number alone.
         progress: called with what is at work, and the number of members measured so far and in all.
 
@@ -89,7 +91,7 @@ def audit(
     """
     names = with_repairs([m.name for m in resolve()]) if measures is None else [m.name for m in resolve(measures)]
     wanted = None if kinds is None else list(kinds)
-    _check(wanted, members, checks, max_scale)
+    _check(wanted, max_scale, members=members, checks=checks, budget=1 if budget is None else budget)
     clock = Clock()
     with clock("measures at the network"):
         bench = Bench(model, loss_fn, data, options or DEFAULT_OPTIONS, mode, seed)
@@ -99,21 +101,24 @@ def audit(
         with bench.lifted():
             slope = float(bench.objective.gradient().norm())
     tested = [name for name in names if base[name].applies]
+
+    def count(symmetry: Symmetry) -> int:
+        # A kind under which everything is declared invariant needs no more members than are checked.
+        return max([_due(name, symmetry, members, checks) for name in tested], default=0)
+
     with clock("symmetries found and proved"):
-        orbits, rejected = find_orbits(bench, wanted, hints, members, max_scale)
-    # A kind under which everything is declared invariant needs no more members than are checked.
-    orbits = [replace(orbit, members=max([*map(_due(orbit, members, checks), tested), 0])) for orbit in orbits]
+        orbits, rejected = find_orbits(bench, wanted, hints, count, max_scale, budget)
     total, done = sum(orbit.members for orbit in orbits), 0
     kept: list[Orbit] = []
     measured: dict[str, list[dict[str, Measurement]]] = {}
     for orbit in orbits:
-        due = _due(orbit, members, checks)
+        due = {name: _due(name, orbit.symmetry, members, checks) for name in tested}
         losses, rows = [], []
         with clock("measures at the members"):
             for index in range(orbit.members):
                 progress(orbit.kind, done, total)
                 twin = orbit.member(index).apply(bench.model)
-                loss, found = bench.measured(twin, [name for name in tested if index < due(name)])
+                loss, found = bench.measured(twin, [name for name in tested if index < due[name]])
                 losses.append(loss)
                 rows.append(found)
                 done += 1
@@ -127,7 +132,9 @@ def audit(
     with clock("law of the trace"):
         traces = {kind: [row["trace"] for row in rows if "trace" in row] for kind, rows in measured.items()}
         found_laws, note = trace_laws(bench, kept, traces) if laws and "trace" in tested else ((), "")
-    cost = sum(m.cost for m in base.values()) + sum(m.cost for rows in measured.values() for row in rows for m in row.values())
+    cost = sum(m.cost for m in base.values()) + sum(
+        m.cost for rows in measured.values() for row in rows for m in row.values()
+    )
     return AuditReport(
         measurements=shown,
         changes=tuple(_change(name, orbit, base[name], measured[orbit.kind]) for name in tested for orbit in kept),
@@ -162,8 +169,8 @@ class Clock:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
 
-def _check(kinds: list[str] | None, members: int, checks: int, max_scale: float) -> None:
-    for name, count in (("members", members), ("checks", checks)):
+def _check(kinds: list[str] | None, max_scale: float, **counts: int) -> None:
+    for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     if not (math.isfinite(max_scale) and max_scale > 1):
@@ -173,14 +180,10 @@ def _check(kinds: list[str] | None, members: int, checks: int, max_scale: float)
             raise ValueError(unknown("kind of symmetry", kind, KINDS))
 
 
-def _due(orbit: Orbit, members: int, checks: int) -> Callable[[str], int]:
-    """At how many members of an orbit a measure is due."""
-
-    def count(name: str) -> int:
-        told = not orbit.function_preserving or MEASURES[name].invariance(orbit.kind) in ("invariant", "almost")
-        return min(checks, members) if told else members
-
-    return count
+def _due(name: str, symmetry: Symmetry, members: int, checks: int) -> int:
+    """At how many members of a symmetry a measure is due."""
+    told = not keeps_outputs(symmetry) or MEASURES[name].invariance(symmetry.kind) in ("invariant", "almost")
+    return min(checks, members) if told else members
 
 
 def _change(name: str, orbit: Orbit, base: Measurement, rows: list[dict[str, Measurement]]) -> Change:

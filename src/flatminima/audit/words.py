@@ -40,14 +40,16 @@ def answer(report: AuditReport) -> str:
         clauses.append(f"BROKEN: {labels(broken)} moved although declared invariant, which is a bug, not a result")
     function = report.by_verdict("invariant", "nearly")
     if function:
-        clauses.append(f"{len(function)} say something about the function ({labels(function)}): {_held(report, function)}")
+        clauses.append(
+            f"{len(function)} say something about the function ({labels(function)}): {_held(report, function)}"
+        )
     moved = report.by_verdict("changes", "found to change")
     if moved:
         largest = max(report.largest_ratio(name) or 1.0 for name in moved)
         change = max(o.max_change for o in report.orbits if o.function_preserving)
         clauses.append(
-            f"{len(moved)} describe the coordinates ({some(labels_of(moved))}): they moved by up to {factor(largest)} while the outputs "
-            f"agree to {change:.0e} of the largest"
+            f"{len(moved)} describe the coordinates ({some(labels_of(moved))}): they moved by up to {factor(largest)} while "
+            f"the outputs agree to {change:.0e} of the largest"
         )
     for verdict, meaning in (
         ("survived", "did not move on these members, without a theorem that says why"),
@@ -85,19 +87,19 @@ def verdict(report: AuditReport, name: str) -> str:
         hidden = [c for c in changes if c.status == "undecided"]
         proved = " It is invariant by theorem." if all(c.declared == "invariant" for c in hidden) else ""
         return (
-            f"Undecided: under {_list(hidden)} its error would have hidden a change by a factor of two.{proved} Measure it more "
-            "accurately, or on more rows."
+            f"Undecided: under {_list(hidden)} its error would have hidden a change by a factor of two.{proved} Measure it "
+            "more accurately, or on more rows."
         )
     moved = [c for c in changes if c.status in MOVED]
     if found == "broken":
         wrong = [c for c in moved if c.status == "broken"]
         return (
-            f"BROKEN: declared invariant under {_list(wrong)}, it moved by {factor(max(c.max_ratio for c in wrong))} there. That "
-            "is a bug in the measure, in its declaration or in the symmetry, and no result; please report it."
+            f"BROKEN: declared invariant under {_list(wrong)}, it moved by {factor(max(c.max_ratio for c in wrong))} there. "
+            "That is a bug in the measure, in its declaration or in the symmetry, and no result; please report it."
         )
     worst = max(moved, key=lambda c: c.max_ratio)
-    others = [c.symmetry for c in moved if c is not worst]
-    also = f", and by less under {join(others) if len(others) < 4 else f'{len(others)} other kinds'}" if others else ""
+    less = [c.symmetry for c in moved if c is not worst]
+    also = f", and by less under {join(less) if len(less) < 4 else f'{len(less)} other kinds'}" if less else ""
     held = [c.symmetry for c in changes if c.status in ("invariant", "nearly")]
     survives = f" It survives {join(held) if len(held) < 4 else f'{len(held)} other kinds'} by theorem." if held else ""
     how = "changes sign or vanishes" if math.isinf(worst.max_ratio) else f"changes by up to {factor(worst.max_ratio)}"
@@ -132,7 +134,9 @@ def law(found: TraceLaw) -> str:
     scaled = "its units by different factors" if lead.scale is None else f"it by {lead.scale:.3g}"
     share = f"{100 * lead.share:.3g} % of it lies in {lead.name}; the map multiplies {scaled}, its part by {lead.factor:.4g}"
     grows = f"{100 * found.growing:.3g} % lies in weights that become smaller and whose curvature grows"
-    return f"{head}: {share}; {grows}." + ("" if found.agrees else " PREDICTION AND MEASUREMENT DISAGREE: one is wrong.")
+    return f"{head}: {share}; {grows}." + (
+        "" if found.agrees else " PREDICTION AND MEASUREMENT DISAGREE: one is wrong."
+    )
 
 
 def cautions(report: AuditReport) -> list[str]:
@@ -224,9 +228,7 @@ def _instead(report: AuditReport, name: str) -> str:
     label = MEASURES[repair.name].label
     value = "" if repair.measurement is None else f" ({repair.measurement.value:.4g} here)"
     if repair.moves_under:
-        return (
-            f"{_capital(label)}{value} asks the same and survives more of these, but not {join(list(repair.moves_under))}."
-        )
+        return f"{_capital(label)}{value} asks the same and survives more of these, but not {join(list(repair.moves_under))}."
     if not repair.same_intention:
         return f"Nothing that asks the same survives all of these; {label}{value} is curvature that does."
     return f"Use {label}{value} instead: it asks the same and is invariant under all of these by theorem."

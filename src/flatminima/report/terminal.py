@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from flatminima.report import audit_tables as audited
 from flatminima.report import measure_tables, tables
 from flatminima.report.tables import Cell, Table
 
@@ -97,6 +98,19 @@ def measurement_tables(results: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def audit_table(rows: Sequence[Mapping[str, Any]], symmetries: Sequence[str]) -> RichTable:
-    """An audit of one model: mappings with label (or measure), max_ratio per symmetry, invariant_under and verdict."""
-    return rendered(tables.audit_rows_table(rows, symmetries))
+def audit_tables(results: Mapping[str, Any]) -> RenderableType:
+    """What ``flatminima audit`` found: the conclusions and the tables; of two minima the differences come first."""
+    parts: list[RenderableType] = [Text(str(results["answer"]), style="bold")]
+    parts += [Text(f"• {sentence}") for key in ("details", "cautions") for sentence in results[key]]
+    parts += [Text(f"note: {note}", style="dim") for note in results["notes"]]
+    parts.append(Text(""))
+    audit = results["audits"][0]
+    if results["comparison"] is not None:
+        parts.append(rendered(audited.differences_table(results["comparison"], short=True)))
+    else:
+        parts.append(rendered(audited.verdict_table(audit, short=True)))
+    for table in (audited.matrix_table(audit, short=True), audited.symmetries_table(audit, short=True)):
+        if table:
+            parts.append(rendered(table))
+    parts += [Text(f"refused at {site}: {reason}", style="dim") for site, reason in audited.refused(audit)]
+    return Group(*parts)

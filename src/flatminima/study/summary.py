@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import flatminima
-from flatminima.audit import RESOLVED
 from flatminima.data import Splits
 from flatminima.measures import MEASURES, resolve
 from flatminima.study.settings import CompareSettings
@@ -140,9 +139,7 @@ def _audit(settings: CompareSettings, train_rows: int, runs: Sequence[Record]) -
 
 
 def _verdict(cell: Record) -> str:
-    if cell["significant"]:
-        return "changes"
-    return "survives" if cell["max_ratio"] is not None and cell["max_ratio"] < RESOLVED else "undecided"
+    return "changes" if cell["significant"] else "undecided" if cell["status"] == "undecided" else "survives"
 
 
 def _answer(settings: CompareSettings, methods: Sequence[Record], audit: Record) -> str:
