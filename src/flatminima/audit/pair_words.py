@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flatminima.audit import words
+from flatminima.audit.words import number
 from flatminima.measures import MEASURES
 
 if TYPE_CHECKING:
@@ -17,10 +18,10 @@ def verdict(found: MinimaComparison) -> str:
     function = found.function
     if function.relation in ("same", "same within rounding"):
         rounded = function.relation == "same within rounding"
-        why = f", which rounding their weights explains ({function.rounding:.0e})" if rounded else ""
+        why = f", which rounding their weights explains ({number(function.rounding, 1)})" if rounded else ""
         return (
-            f"{a} and {b} are the same function: outputs agree to {function.max_change:.0e} of the largest{why}. Every "
-            "difference between them is coordinates; neither is flatter."
+            f"{a} and {b} are the same function: outputs agree to {number(function.max_change, 1)} of the largest{why}. "
+            "Every difference between them is coordinates; neither is flatter."
         )
     if function.relation == "same probabilities":
         return (
@@ -29,8 +30,8 @@ def verdict(found: MinimaComparison) -> str:
         )
     if function.relation == "same up to temperature":
         return (
-            f"{b} is {a} at another temperature: its outputs are {function.factor:.4g} times those of {a}, every prediction is "
-            "the same, and the loss is another one. Refused: what differs is confidence, and neither is flatter."
+            f"{b} is {a} at another temperature: its outputs are {number(function.factor or 1.0)} times those of {a}, every "
+            "prediction is the same, and the loss is another one. Refused: what differs is confidence, and neither is flatter."
         )
     if found.flatter is not None:
         return _flatter(found)
@@ -45,11 +46,12 @@ def details(found: MinimaComparison) -> list[str]:
     lines = []
     if found.function.agreement is not None:
         lines.append(
-            f"They predict the same class for {100 * found.function.agreement:.4g} % of the rows; the outputs differ by up to "
-            f"{found.function.max_change:.2g} of the largest."
+            f"They predict the same class for {number(100 * found.function.agreement)} % of the rows; the outputs differ by up "
+            f"to {number(found.function.max_change, 2)} of the largest."
         )
     lines.append(
-        f"Loss {losses[0]:.4g} ({a}) and {losses[1]:.4g} ({b}); length of the gradient {slopes[0]:.2g} and {slopes[1]:.2g}."
+        f"Loss {number(losses[0])} ({a}) and {number(losses[1])} ({b}); length of the gradient {number(slopes[0], 2)} and "
+        f"{number(slopes[1], 2)}."
     )
     trusted = [d for d in found.differences if d.trusted and d.of_flatness]
     if trusted:
@@ -81,8 +83,8 @@ def cautions(found: MinimaComparison) -> list[str]:
     losses = sorted(audit.loss for audit in found.audits)
     if found.function.relation == "different" and losses[1] > 1.1 * losses[0] > 0:
         lines.append(
-            f"The losses differ ({losses[0]:.4g} and {losses[1]:.4g}): under cross-entropy a better fit alone makes most "
-            "curvature smaller. Compare minima at equal training loss."
+            f"The losses differ ({number(losses[0])} and {number(losses[1])}): under cross-entropy a better fit alone makes "
+            "most curvature smaller. Compare minima at equal training loss."
         )
     lines.append("The differences are on these rows; whether the flatter one predicts better is another question.")
     for index, audit in enumerate(found.audits):
@@ -121,7 +123,7 @@ def text(found: MinimaComparison) -> str:
     head = ["measure", *found.names, "difference", "error", "stands on", "flatter"]
     rows = [
         [
-            d.measure, f"{d.first:.4g}", f"{d.second:.4g}", f"{d.difference:+.4g}", f"{d.error:.1g}", d.basis,
+            d.measure, number(d.first), number(d.second), number(d.difference, sign=True), number(d.error, 1), d.basis,
             found.names[d.flatter] if d.flatter is not None else "-",
         ]
         for d in found.differences
@@ -175,4 +177,4 @@ def _refusal(found: MinimaComparison) -> str:
 
 
 def _difference(found: MinimaComparison, d: Difference) -> str:
-    return f"{MEASURES[d.measure].label} {d.difference:+.3g} ± {d.error:.1g}"
+    return f"{MEASURES[d.measure].label} {number(d.difference, 3, sign=True)} ± {number(d.error, 1)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from flatminima.measures import MEASURES
 
 if TYPE_CHECKING:
     from flatminima.audit.report import AuditReport
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 #: Cautions that hold for every audit.
 GENERAL = (
@@ -49,7 +52,7 @@ def answer(report: AuditReport) -> str:
         change = max(o.max_change for o in report.orbits if o.function_preserving)
         clauses.append(
             f"{len(moved)} describe the coordinates ({some(labels_of(moved))}): they moved by up to {factor(largest)} while "
-            f"the outputs agree to {change:.0e} of the largest"
+            f"the outputs agree to {number(change, 1)} of the largest"
         )
     for verdict, meaning in (
         ("survived", "did not move on these members, without a theorem that says why"),
@@ -116,7 +119,7 @@ def details(report: AuditReport) -> list[str]:
         change = max((o.max_change for o in exact), default=0.0)
         lines.append(
             f"{count} members of {len(report.orbits)} kinds of symmetry were drawn and proved in double precision; those of "
-            f"exact kinds change the outputs by at most {change:.0e} of the largest."
+            f"exact kinds change the outputs by at most {number(change, 1)} of the largest."
         )
     return lines + [law(found) for found in report.laws]
 
@@ -127,13 +130,20 @@ def law(found: TraceLaw) -> str:
     beside = f"{factor(measured / found.trace)} measured, " if math.isfinite(measured) and found.trace else ""
     head = f"{found.symmetry}: the Hessian trace changes by {beside}{factor(found.factor)} predicted"
     if not found.exact:
-        head += f" (± {found.predicted_errors[most] / abs(found.trace):.1g}, from random probes)" if found.trace else ""
+        head += (
+            f" (± {number(found.predicted_errors[most] / abs(found.trace), 1)}, from random probes)"
+            if found.trace
+            else ""
+        )
     if not found.parts:
         return f"{head}; its own error hides which layers carry it."
     lead = found.parts[0]
-    scaled = "its units by different factors" if lead.scale is None else f"it by {lead.scale:.3g}"
-    share = f"{100 * lead.share:.3g} % of it lies in {lead.name}; the map multiplies {scaled}, its part by {lead.factor:.4g}"
-    grows = f"{100 * found.growing:.3g} % lies in weights that become smaller and whose curvature grows"
+    scaled = "its units by different factors" if lead.scale is None else f"it by {number(lead.scale, 3)}"
+    share = (
+        f"{number(100 * lead.share, 3)} % of it lies in {lead.name}; the map multiplies {scaled}, its part by "
+        f"{number(lead.factor)}"
+    )
+    grows = f"{number(100 * found.growing, 3)} % lies in weights that become smaller and whose curvature grows"
     return f"{head}: {share}; {grows}." + (
         "" if found.agrees else " PREDICTION AND MEASUREMENT DISAGREE: one is wrong."
     )
@@ -152,7 +162,7 @@ def cautions(report: AuditReport) -> list[str]:
         if not orbit.symmetry.exact:
             lines.append(
                 f"{orbit.kind} holds up to the epsilon of a normalisation: its members change the outputs by up to "
-                f"{orbit.max_change:.0e} of the largest."
+                f"{number(orbit.max_change, 1)} of the largest."
             )
     for orbit in report.orbits:
         moved = [c.measure for c in report.changes if c.symmetry == orbit.kind and c.significant]
@@ -178,8 +188,9 @@ def text(report: AuditReport) -> str:
         ratio = report.largest_ratio(name)
         rows.append(
             [
-                name, f"{m.value:.4g}", "" if m.error is None else f"{m.error:.1g}",
-                f"{low:.4g} .. {high:.4g}" if m.applies else "", "" if ratio is None else factor(ratio), report.verdicts[name],
+                name, number(m.value), "" if m.error is None else number(m.error, 1),
+                f"{number(low)} .. {number(high)}" if m.applies else "", "" if ratio is None else factor(ratio),
+                report.verdicts[name],
             ]
         )  # fmt: skip
     lines = [*aligned(head, rows), "", answer(report)]
@@ -213,12 +224,22 @@ def factor(ratio: float) -> str:
     """A change factor.
 
     Example:
-        >>> factor(385.2), factor(1.0000001), factor(1.002), factor(float("inf"))
-        ('x385', 'x1', 'x1.002', 'x inf')
+        >>> factor(385.2), factor(1.0000001), factor(1.002), factor(81100.0), factor(float("inf"))
+        ('×385', '×1', '×1.002', '×8.11 × 10⁴', 'without bound')
     """
-    if math.isinf(ratio):
-        return "x inf"
-    return f"x{ratio:.4g}" if ratio < 10 else f"x{ratio:.3g}"
+    return "without bound" if math.isinf(ratio) else f"×{number(ratio, 4 if ratio < 10 else 3)}"
+
+
+def number(value: float, digits: int = 4, sign: bool = False) -> str:
+    """A number with so many digits.
+
+    Example:
+        >>> number(-0.000012345), number(5.0, sign=True)
+        ('−1.234 × 10⁻⁵', '+5')
+    """
+    text = f"{value:{'+' if sign else ''}.{digits}g}"
+    text = re.sub(r"e([+-])0*(\d+)", lambda m: f" × 10{(m[1].strip('+') + m[2]).translate(_SUPERSCRIPTS)}", text)
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _instead(report: AuditReport, name: str) -> str:
@@ -226,7 +247,7 @@ def _instead(report: AuditReport, name: str) -> str:
     if repair is None:
         return "No measure here asks the same and survives all of these."
     label = MEASURES[repair.name].label
-    value = "" if repair.measurement is None else f" ({repair.measurement.value:.4g} here)"
+    value = "" if repair.measurement is None else f" ({number(repair.measurement.value, 4)} here)"
     if repair.moves_under:
         return f"{_capital(label)}{value} asks the same and survives more of these, but not {join(list(repair.moves_under))}."
     if not repair.same_intention:

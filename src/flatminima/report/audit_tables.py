@@ -34,7 +34,7 @@ _KEEPS = {"outputs": "every output", "probabilities": "every probability", "pred
 
 
 def verdict_table(audit: Results, name: str = "verdicts", short: bool = False) -> Table:
-    """One row per measure: value, range and factors over the orbit, what it is about, and what to use instead."""
+    """One row per measure: value, range and factors over the orbit, and what it is about, with what to use instead."""
     rows: list[tuple[Cell, ...]] = []
     for measure, m in audit["measures"].items():
         word, tone = WORDS[m["verdict"]]
@@ -53,7 +53,6 @@ def verdict_table(audit: Results, name: str = "verdicts", short: bool = False) -
                 Cell(ratio, values=(as_float(m["max_ratio"]),)),
                 Cell(factor(m["spread"]), values=(as_float(m["spread"]),)),
                 Cell(word, str(m["sentence"]), tone=tone),
-                Cell(_instead(m)),
             )
         )
     columns = [
@@ -65,8 +64,7 @@ def verdict_table(audit: Results, name: str = "verdicts", short: bool = False) -
         Column("About", numeric=False),
         Column("Use instead", numeric=False),
     ]
-    if short:
-        del columns[4], columns[2]
+    columns = [columns[i] for i in ((0, 1, 3, 5, 6) if short else range(6))]
     return Table(name, "Which numbers are about the function?", tuple(columns), tuple(rows))
 
 
