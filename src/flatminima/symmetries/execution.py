@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flatminima.batches import moved
 from flatminima.objective import unwrapped
 
 MODES = ("eval", "train")
@@ -78,6 +79,17 @@ def run(twin: nn.Module, inputs: Any, recorder: TorchDispatchMode | None = None)
         if isinstance(arguments, Mapping):
             return twin(**arguments)
         return twin(*arguments) if isinstance(arguments, tuple) else twin(arguments)
+
+
+def run_as_is(model: nn.Module, mode: str, inputs: Any) -> Any:
+    """What a copy of the model returns in its own precision."""
+    twin = copy.deepcopy(unwrapped(model)[0]).train(mode == "train")
+    first = next(iter(twin.parameters()), torch.zeros(()))
+    given = moved(inputs, first.device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[first.device] if first.device.type == "cuda" else []):
+        if isinstance(given, Mapping):
+            return twin(**given)
+        return twin(*given) if isinstance(given, tuple) else twin(given)
 
 
 def _prepared(inputs: Any, device: torch.device) -> Any:

@@ -76,7 +76,7 @@ def _refused(network: Network) -> Iterator[tuple[str, str]]:
                 continue
             label = int(labels.reshape(-1)[0])
             met = raw.met[raw.classes.root(label)[0]]
-            by_construction = "contracted" in met or met <= {"write", "batch-norm", "output"}
+            by_construction = "contracted" in met or met <= {"write", "batch-norm", "output", "scaled"}
             if raw.classes.reason(label) is not None or not by_construction:
                 yield flow.parameters.layer(entry.name), str(scales.classes.reason(label))
     yield from flow.computed

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from .actions import Action, Mix
-from .attention import alike
 from .base import Findings, Site, Symmetry
 from .classes import FIXED, pairs, position_among
-from .flow import NormUse
 from .network import Network
+from .records import NormUse
 from .scales import NORMS, Group, TiedError, brief
 from .sites import Slices, invertible, orthogonal, slices
 
@@ -130,7 +129,10 @@ def _stream(group: Group, network: Network) -> _Stream:
 def _is_stream(group: Group, network: Network) -> bool:
     """Whether nothing singles out a unit: no constants of their own, no normalisation that mixes them with positions."""
     uses = [use for use in network.flow.norms if _reads(use, group, network)]
-    return bool(group.writers) and alike(network, group.roots) and all(use.norm.style == "layer" for use in uses)
+    names = (entry.name for entry in group.entries)
+    separate = any(entry.separate for name in names for entry, _ in network.raw.uses_of[name])
+    simple = bool(group.writers) and all(use.norm.style == "layer" for use in uses)
+    return simple and not separate and network.alike(group.roots)
 
 
 def _reads(use: NormUse, group: Group, network: Network) -> bool:
@@ -153,7 +155,7 @@ def _behind(use: NormUse, group: Group, network: Network) -> _Behind:
     labels = torch.tensor([gains.get(label, label) for label in after.tolist()])
     roots = network.raw.classes.roots(labels)[0]
     met = {category for root in roots.tolist() for category in network.raw.met[root]}
-    linear = met <= {"gain", "read", "scaled"} and alike(network, roots)
+    linear = met <= {"gain", "read", "scaled"} and network.alike(roots)
     if bool((roots <= FIXED).any()) or len(torch.unique(roots)) != len(roots) or not linear:
         raise ValueError(f"what {where} puts out is not only read by linear layers")
     return _Behind(roots, _gain(labels, network) if gains else None)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .classes import FIXED, pairs, position_among, unique
-from .flow import Event, Flow
 from .parameters import NONE, Entry, condensed
+from .propagation import Propagation
+from .records import Event
 from .sites import Draw, Entries, Rescaling, Slices, slices
 from .tape import INPUT, PARAMETER, Value
 
@@ -77,7 +78,7 @@ class Scales:
 
     def __init__(
         self,
-        flow: Flow,
+        flow: Propagation,
         *,
         trade: bool = False,
         through_norms: bool = False,
@@ -235,13 +236,14 @@ class Scales:
             if self._raw or {role for _, role in profile} == {0, 1} or self._ends(events)
         )
 
-    def slices_of(self, roots: Tensor, *, roles: bool = True) -> tuple[list[Slices], list[Slices]]:
+    def slices_of(self, roots: Tensor, *, roles: bool = True, mixed: bool = False) -> tuple[list[Slices], list[Slices]]:
         """The entries of every parameter that write, and that read, the units of these classes (sorted).
 
         Args:
             roots: the classes.
             roles: whether it matters if a weight that is used twice writes here and reads there; it does not for maps that do
                 the same to written and read entries.
+            mixed: whether the map mixes units, which grouped convolutions do not allow.
 
         Raises:
             TiedError: an entry has another part to play as well.
@@ -249,7 +251,7 @@ class Scales:
         """
         written: list[Slices] = []
         read: list[Slices] = []
-        for name in dict.fromkeys(name for root in roots.tolist() for name in self._touched.get(root, ())):
+        for name in self.touched(roots):
             found, shape = self.uses_of[name], tuple(self.flow.parameters.numbers[name].shape)
             plays = []
             for entry, _ in found:
@@ -258,7 +260,12 @@ class Scales:
                     for labels in (entry.out, entry.into)
                 ]
                 plays.append((entry, parts))
+            for entry, parts in plays:
+                if bool((entry.into == NONE).all()):  # it reads zeros, which go with everything
+                    parts[1] = next((other[1] for _, other in plays if other[1] is not None), None)
             moving = [(entry, parts) for entry, parts in plays if parts[0] or parts[1]]
+            if mixed and any(entry.separate for entry, _ in moving):
+                raise ValueError(f"'{name}' is a grouped convolution, whose units cannot be mixed")
             for entry, parts in plays:
                 for _, others in moving:
                     if any(_covers(entry, s) for s in others) and not _agree(parts, others, roles):
@@ -279,6 +286,10 @@ class Scales:
             for root in {r for entry, _ in uses for labels in (entry.out, entry.into) for r in self._free(labels)}:
                 found[root].append(name)
         return found
+
+    def touched(self, roots: Tensor) -> list[str]:
+        """The parameters that have to do with any of these classes."""
+        return list(dict.fromkeys(name for root in roots.tolist() for name in self._touched.get(root, ())))
 
     def _ends(self, events: tuple[int, ...]) -> bool:
         """Whether the units may end where no weight reads them."""
@@ -305,17 +316,20 @@ class Scales:
         entries = tuple(
             found
             for i in dict.fromkeys(i for i, _ in profile)
-            for labels, sign in ((every[i].out, 1.0), (every[i].into, -1.0))
-            for found in self._powers(every[i].name, self._first_use(every[i], labels), sign, roots)
+            for reads, sign in ((False, 1.0), (True, -1.0))
+            for found in self._powers(every[i].name, self._first_use(every[i], reads=reads), sign, roots)
         )
         return Group(roots, writers, readers, tuple(self.flow.events[i] for i in events), entries)
 
-    def _first_use(self, entry: Entry, labels: Tensor) -> Tensor:
-        """The labels without those elements that an earlier use of the same parameter already moves: all uses agree."""
+    def _first_use(self, entry: Entry, *, reads: bool) -> Tensor:
+        """The labels of one role, without those elements that an earlier use of the same parameter already moves: all uses
+        agree, but for one that reads zeros (the first state of a recurrent network) and has nothing to say."""
+        labels = entry.into if reads else entry.out
         for earlier, _ in self.uses_of[entry.name]:
             if earlier is entry:
                 break
-            labels = torch.where(earlier.out != NONE, NONE, labels)
+            done = (earlier.out != NONE) & (earlier.into != NONE) if reads else earlier.out != NONE
+            labels = torch.where(done, NONE, labels)
         return condensed(labels)
 
     def _powers(self, name: str, labels: Tensor, sign: float, roots: Tensor) -> list[Entries]:
@@ -331,7 +345,7 @@ class TiedError(Exception):
     """A weight is also used elsewhere in another way; the message says which."""
 
 
-def depends_on_data(event: Event, flow: Flow) -> bool:
+def depends_on_data(event: Event, flow: Propagation) -> bool:
     """Whether the factor of a ``scaled`` or ``averaged`` event is itself computed from inputs or parameters."""
     assert event.call is not None
     others = [value for value in event.call.inputs if not flow.is_free(value)]
@@ -362,6 +376,6 @@ def _covers(entry: Entry, part: Slices | None) -> bool:
     return bool((entry.out.expand(part.shape).reshape(-1)[part.positions] != NONE).any())
 
 
-def labels_of(flow: Flow, value: Value) -> Tensor:
+def labels_of(flow: Propagation, value: Value) -> Tensor:
     """The classes of a value's elements, in its shape."""
     return flow.classes.roots(flow.labels(value))[0]

@@ -18,7 +18,8 @@ from .execution import MODES
 from .kinds import KINDS
 from .network import Network
 from .proof import Proof, Prover
-from .tape import CHOICE, INPUT, PARAMETER, Tape, UntraceableError, record
+from .recorder import UntraceableError, reason, record
+from .tape import CHOICE, INPUT, PARAMETER, Tape
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def find_symmetries(
         tape = _read(model, example_input, mode)
     except UntraceableError as error:
         return SymmetrySearch((), (("model", str(error)),), (), {})
-    rejected = list(_not_analysed(tape))
     network = Network(tape, mode)
+    rejected = list(_not_analysed(network))
     try:
         prover = Prover(model, example_input, mode)
     except ValueError as error:
@@ -129,7 +130,7 @@ def find_symmetries(
     found: dict[tuple[str, bool], Symmetry] = {}
     proofs: dict[str, Proof] = {}
     chosen = [finder for finder in FINDERS if wanted & set(finder.kinds)]
-    for findings in (*(finder.find(network) for finder in chosen), Findings(hinted)):
+    for findings in (*(_findings(finder, network) for finder in chosen), Findings(hinted)):
         rejected.extend(findings.rejected)
         for symmetry in findings.proposed:
             if symmetry.kind in wanted or symmetry in hinted:
@@ -148,6 +149,13 @@ def find_symmetries(
         tuple(s for s in ordered if not s.exact),
         {s.kind: proofs[s.kind] for s in ordered},
     )
+
+
+def _findings(finder: Finder, network: Network) -> Findings:
+    try:
+        return finder.find(network)
+    except Exception as error:  # one family that stumbles over a model must not hide the others
+        return Findings((), ((", ".join(finder.kinds), f"was not analysed, because of {reason(error)}"),))
 
 
 def _wanted(kinds: Iterable[str] | None, mode: str) -> frozenset[str]:
@@ -188,14 +196,20 @@ def _read(model: nn.Module, example: Any, mode: str) -> Tape:
     return record(model, example, mode)
 
 
-def _not_analysed(tape: Tape) -> Iterable[tuple[str, str]]:
-    for branch in tape.branches:
+def _not_analysed(network: Network) -> Iterable[tuple[str, str]]:
+    """Code that decides by values, parameters in operations that are not known, and parameters that were not used."""
+    for branch in network.tape.branches:
         where = branch.module or "model"
         if branch.depends & (PARAMETER | INPUT):
             line = f"control flow depends on values at `{branch.line}`"
             yield where, f"{line}: only the insides of its parts were analysed, and nothing that passes between them"
         elif branch.depends & CHOICE:
             yield where, f"`{branch.line}` depends on integer inputs: analysed for inputs like the example"
+
+    yield from network.flow.unread
+    for name in network.flow.parameters.numbers:
+        if not network.times_used(name) and name not in dict(network.flow.unread):
+            yield name, "it does not reach the outputs on this input"
 
 
 def _joined(first: Symmetry | None, second: Symmetry) -> Symmetry:
