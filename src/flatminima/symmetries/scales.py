@@ -176,7 +176,8 @@ class Scales:
                 both = condensed(torch.logical_and(*torch.broadcast_tensors(first.out != NONE, second.out != NONE)))
                 if bool(both.any()):
                     for one, other in ((first.out, second.out), (first.into, second.into)):
-                        matched = list(pairs(self._where(both, one), self._where(both, other)))
+                        of_both = (torch.where(both, self.classes.roots(labels)[0], NONE) for labels in (one, other))
+                        matched = list(pairs(*of_both))
                         if len({a for a, _ in matched}) == len({b for _, b in matched}) == len(matched):
                             for a, b in matched:
                                 if min(a, b) > FIXED:
@@ -195,8 +196,9 @@ class Scales:
             self.classes.tie(into, other_into, reason, direct=True)
 
     def _where(self, both: Tensor, labels: Tensor) -> Tensor:
-        roots, _ = self.classes.roots(labels)
-        return condensed(torch.where(both, roots, NONE))
+        """Labels where a mask holds, `FIXED` for all that are fixed: of a tied embedding few different ones are left."""
+        free = self.classes.roots(labels)[0] > FIXED
+        return condensed(torch.where(both, torch.where(free, labels, FIXED), NONE))
 
     @cached_property
     def met(self) -> dict[int, set[str]]:
