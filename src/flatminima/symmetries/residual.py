@@ -74,10 +74,7 @@ class _Stream:
     parts: tuple[_Part, ...]
     orthogonal: bool
     keeps_ones: bool
-
-    @property
-    def is_linear(self) -> bool:
-        return all(part.gain is None for part in self.parts)
+    is_linear: bool  # not where a gain comes in between, even if its present value is constant
 
     def sample(self, generator: torch.Generator, max_scale: float) -> tuple[Action, ...]:
         if self.orthogonal:
@@ -107,9 +104,11 @@ def _keeping_ones(generator: torch.Generator, units: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Behind:
-    """The units behind a normalisation of a stream: their classes in the order of the stream, and their gain, if any."""
+    """The units behind a normalisation of a stream: their classes in the order of the stream, whether a gain comes before them,
+    and the gain unless it is constant, so that it commutes with everything."""
 
     roots: Tensor
+    is_gained: bool
     gain: Tensor | None
 
 
@@ -123,7 +122,14 @@ def _stream(group: Group, network: Network) -> _Stream:
     ends = tuple(
         dict.fromkeys([*(use.call.module or network.tape.describe(use.call) for use in norms), *group.readers])
     )
-    return _Stream(f"{brief(group.writers)} -> {brief(ends)}", len(group.roots), tuple(parts), bool(norms), keeps_ones)
+    return _Stream(
+        f"{brief(group.writers)} -> {brief(ends)}",
+        len(group.roots),
+        tuple(parts),
+        bool(norms),
+        keeps_ones,
+        not any(b.is_gained for b in behind),
+    )
 
 
 def _is_stream(group: Group, network: Network) -> bool:
@@ -158,11 +164,13 @@ def _behind(use: NormUse, group: Group, network: Network) -> _Behind:
     linear = met <= {"gain", "read", "scaled"} and network.alike(roots)
     if bool((roots <= FIXED).any()) or len(torch.unique(roots)) != len(roots) or not linear:
         raise ValueError(f"what {where} puts out is not only read by linear layers")
-    return _Behind(roots, _gain(labels, network) if gains else None)
+    gain = _gain(labels, network) if gains else None
+    constant = gain is None or bool((gain == gain[0]).all())
+    return _Behind(roots, bool(gains), None if constant else gain)
 
 
-def _gain(labels: Tensor, network: Network) -> Tensor | None:
-    """The values of a gain, by its labels; None where it is constant and commutes with everything."""
+def _gain(labels: Tensor, network: Network) -> Tensor:
+    """The values of a gain, by its labels."""
     for name, found in network.raw.uses_of.items():
         for entry, is_data in found:
             if is_data and bool(torch.isin(labels, entry.out).all()):
