@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,31 @@ class SymmetrySearch:
     found: tuple[Symmetry, ...]
     rejected: tuple[tuple[str, str], ...]
     approximate: tuple[Symmetry, ...] = ()
-    proofs: Mapping[str, Proof] = ()  # type: ignore[assignment]
+    proofs: Mapping[str, Proof] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        return {
+            "found": [
+                {
+                    "kind": s.kind,
+                    "sites": list(s.sites),
+                    "preserves": s.preserves,
+                    "exact": s.exact,
+                    "form": s.form,
+                    "orthogonal": s.orthogonal,
+                    "law": s.law,
+                    "hessian_law": s.hessian_law,
+                    "proof": {
+                        "status": self.proofs[s.kind].status,
+                        "max_change": self.proofs[s.kind].max_change,
+                        "tolerance": self.proofs[s.kind].tolerance,
+                    },
+                }
+                for s in (*self.found, *self.approximate)
+            ],
+            "rejected": [list(pair) for pair in self.rejected],
+        }
 
 
 def find_symmetries(
@@ -120,13 +144,13 @@ def find_symmetries(
     try:
         tape = _read(model, example_input, mode)
     except UntraceableError as error:
-        return SymmetrySearch((), (("model", str(error)),), (), {})
+        return SymmetrySearch((), (("model", str(error)),))
     network = Network(tape, mode)
     rejected = list(_not_analysed(network))
     try:
         prover = Prover(model, example_input, mode)
     except ValueError as error:
-        return SymmetrySearch((), (("model", str(error)),), (), {})
+        return SymmetrySearch((), (("model", str(error)),))
     found: dict[tuple[str, bool], Symmetry] = {}
     proofs: dict[str, Proof] = {}
     chosen = [finder for finder in FINDERS if wanted & set(finder.kinds)]
