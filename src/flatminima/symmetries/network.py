@@ -91,6 +91,8 @@ class Network:
             if event.category != "scaled" or event.call is None:
                 continue
             free, other = sorted(event.call.args[:2], key=lambda value: not self.flow.is_free(value))
+            if other.tensor.numel() == 1 or not bool(torch.isin(self.raw.classes.roots(event.labels)[0], roots).any()):
+                continue
             shape = event.call.out[0].shape
             labels, factor = self.raw.classes.roots(self.flow.labels(free))[0].expand(shape), other.tensor.expand(shape)
             met = [factor[labels == root] for root in roots.tolist()]

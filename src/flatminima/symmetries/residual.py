@@ -26,7 +26,7 @@ from .base import Findings, Site, Symmetry
 from .classes import FIXED, pairs, position_among
 from .network import Network
 from .records import NormUse
-from .scales import NORMS, Group, TiedError, brief
+from .scales import NORMS, Group, TiedError, brief, covers
 from .sites import Slices, invertible, orthogonal, slices
 
 
@@ -192,7 +192,7 @@ def _agreed(name: str, group: Group, behind: list[_Behind], network: Network) ->
     moving = [parts for _, parts in plays if parts]
     for entry, parts in plays:
         for others in moving:
-            covered = any(bool((entry.out.expand(shape).reshape(-1)[o.slices.positions] > -1).any()) for o in others)
+            covered = any(covers(entry, other.slices) for other in others)
             if covered and not (
                 len(parts) == len(others) and all(a.agrees(b) for a, b in zip(parts, others, strict=True))
             ):

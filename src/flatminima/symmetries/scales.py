@@ -176,8 +176,14 @@ class Scales:
                 both = condensed(torch.logical_and(*torch.broadcast_tensors(first.out != NONE, second.out != NONE)))
                 if bool(both.any()):
                     for one, other in ((first.out, second.out), (first.into, second.into)):
-                        of_both = (torch.where(both, self.classes.roots(labels)[0], NONE) for labels in (one, other))
-                        matched = list(pairs(*of_both))
+                        mine, theirs = (
+                            condensed(torch.where(both, self.classes.roots(x)[0], NONE)) for x in (one, other)
+                        )
+                        if (
+                            mine.shape != theirs.shape
+                        ):  # they vary along different axes, such as those of a tied embedding
+                            continue
+                        matched = list(pairs(mine, theirs))
                         if len({a for a, _ in matched}) == len({b for _, b in matched}) == len(matched):
                             for a, b in matched:
                                 if min(a, b) > FIXED:
@@ -197,8 +203,8 @@ class Scales:
 
     def _where(self, both: Tensor, labels: Tensor) -> Tensor:
         """Labels where a mask holds, `FIXED` for all that are fixed: of a tied embedding few different ones are left."""
-        free = self.classes.roots(labels)[0] > FIXED
-        return condensed(torch.where(both, torch.where(free, labels, FIXED), NONE))
+        fixed = self.classes.roots(labels)[0] == FIXED
+        return condensed(torch.where(both, torch.where(fixed, FIXED, labels), NONE))
 
     @cached_property
     def met(self) -> dict[int, set[str]]:
@@ -270,7 +276,7 @@ class Scales:
                 raise ValueError(f"'{name}' is a grouped convolution, whose units cannot be mixed")
             for entry, parts in plays:
                 for _, others in moving:
-                    if any(_covers(entry, s) for s in others) and not _agree(parts, others, roles):
+                    if any(s is not None and covers(entry, s) for s in others) and not _agree(parts, others, roles):
                         raise TiedError(f"'{name}' is used {len(found)} times in the forward pass (tied parameters)")
             taken: list[Slices] = []
             for _, parts in moving:
@@ -343,6 +349,13 @@ class Scales:
         ]
 
 
+def covers(entry: Entry, part: Slices) -> bool:
+    """Whether the use that an entry stands for involves some of the elements of a part."""
+    if bool((entry.out != NONE).all()):
+        return True
+    return bool((entry.out.expand(part.shape).reshape(-1)[part.positions] != NONE).any())
+
+
 class TiedError(Exception):
     """A weight is also used elsewhere in another way; the message says which."""
 
@@ -369,13 +382,6 @@ def _agree(parts: list[Slices | None], others: list[Slices | None], roles: bool)
         for one in mine
         if one is not None
     )
-
-
-def _covers(entry: Entry, part: Slices | None) -> bool:
-    """Whether the use that an entry stands for involves some of these elements."""
-    if part is None:
-        return False
-    return bool((entry.out.expand(part.shape).reshape(-1)[part.positions] != NONE).any())
 
 
 def labels_of(flow: Propagation, value: Value) -> Tensor:
