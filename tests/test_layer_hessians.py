@@ -1,6 +1,5 @@
 """A pitfall of torch: its vmapped double backward through LayerNorm and batch statistics is wrong; ours must not be.
 
-
 For every kind of layer the Hessian from the library's products is symmetric to 1e-8, and is that of central differences of the
 gradient in float64, which take no second derivative. `torch.func.hessian` (and every composition of jacfwd and jacrev) fails
 both for `nn.LayerNorm` and for `nn.BatchNorm1d` with batch statistics in torch 2.13, by a tenth or two, without a warning.

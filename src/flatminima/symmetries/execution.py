@@ -129,7 +129,7 @@ def outputs(returned: Any) -> tuple[Tensor, ...]:
     """The tensors that a model predicts with: its one tensor, its `logits`, or every floating-point tensor it returns.
 
     Raises:
-        TypeError: none.
+        TypeError: it returns no such tensor.
     """
     logits = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
     found = tuple(_floating(returned if logits is None else logits))

@@ -161,16 +161,12 @@ class _Recorder(EagerMode):
             return func(*args, **kwargs)
         call = Call(
             func._schema.name.split("::")[1].rstrip("_"), func,
-            tree_map_only(Tensor, self.value, args), tree_map_only(Tensor, self.value, kwargs),
+            tree_map_only(Tensor, self.value, args), tree_map_only(Tensor, self.value, _read(func, kwargs)),
             self._stack[-1], self.functions.name,
         )  # fmt: skip
-        written = [
-            argument
-            for slot, argument in zip(func._schema.arguments, args, strict=False)
-            if isinstance(argument, Tensor) and slot.alias_info is not None and slot.alias_info.is_write
-        ]
+        written = list(_written(func, args, kwargs))
         for tensor in written:
-            self._values[id(tensor)].tensor = tensor.clone()
+            self.value(tensor).tensor = tensor.clone()
         returned = func(*args, **kwargs)
         made = [leaf for leaf in tree_flatten(returned)[0] if isinstance(leaf, Tensor)] or written
         depends = 0
@@ -215,6 +211,22 @@ class _Functions(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         finally:
             self.name = ""
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The arguments that an operation writes to: those of in-place forms, and `out`."""
+    for slot, argument in zip(func._schema.arguments, args, strict=False):
+        if isinstance(argument, Tensor) and slot.alias_info is not None and slot.alias_info.is_write:
+            yield argument
+    for slot in func._schema.arguments:
+        if slot.is_out and isinstance(kwargs.get(slot.name), Tensor):
+            yield kwargs[slot.name]
+
+
+def _read(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments without the memory to write to."""
+    places = {slot.name for slot in func._schema.arguments if slot.is_out}
+    return {name: value for name, value in kwargs.items() if name not in places}
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
