@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def generic(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Float64, with all parameters and running statistics drawn anew: none of them zero or one, so that a forgotten one is seen."""
+    """Float64, all parameters and running statistics drawn anew, away from zero and one, so that a forgotten one is seen."""
     g = torch.Generator().manual_seed(seed)
     model = model.double()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

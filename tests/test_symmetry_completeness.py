@@ -1,7 +1,7 @@
 """Is anything missing? The directions in which a generic network does not change, counted in two ways.
 
-The null space of the Jacobian of the log-probabilities, over enough inputs, holds the tangents of every continuous symmetry. The
-members found are sampled close to the identity; their differences must lie in that null space and span all of it.
+The null space of the Jacobian of the log-probabilities, over enough inputs, holds the tangents of every continuous symmetry.
+The members found are sampled close to the identity; their differences must lie in that null space and span all of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from symmetry_models import GroupNormed, Llama, RMSNorm, Stream, Transformer, generic, inputs, mlp, tokens
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatminima.symmetries import Rescaling, find_symmetries, residual, sites
 from flatminima.symmetries.base import Site
 from flatminima.symmetries.sites import Mixing
+from symmetry_models import GroupNormed, Llama, RMSNorm, Stream, Transformer, generic, inputs, mlp, tokens
 
 STEP = 1e-5
 CONTINUOUS = (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import flatminima
-from flatminima import cli_audit, cli_measure
+from flatminima import cli_audit, cli_measure, cli_symmetries
 from flatminima.data import DATASETS, DataError
 from flatminima.measures import GROUPS, MeasureOptions, resolve
 from flatminima.models import MODELS
@@ -31,6 +32,7 @@ from flatminima.study.measure_settings import MATRICES
 from flatminima.study.settings import DEFAULT_EPOCHS, METHODS, CompareSettings, SettingsError
 from flatminima.study.store import StoreError, write_json, write_text
 from flatminima.study.target import Target, TargetError, first_rows, load_target
+from flatminima.symmetries import KINDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 _reproduce = typer.Typer(no_args_is_help=True, help="Run a published experiment again and compare.")
@@ -297,6 +299,25 @@ def audit(
     cli_audit.save(results, out, json_path, _out)
 
 
+@app.command()
+def symmetries(
+    reference: _Reference,
+    checkpoint: _Checkpoint = None,
+    kinds: Annotated[str | None, typer.Option(help=f"Comma-separated; default all: {', '.join(KINDS)}.")] = None,
+    mode: Annotated[str, typer.Option(help="eval, or train for batch statistics.")] = "eval",
+    rows: Annotated[int, typer.Option(help="Prove on the first so many rows of the first batch.")] = 64,
+    device: _Device = "cpu",
+    json_path: _Json = None,
+) -> None:
+    """List the maps of the parameters that change no prediction, layer by layer, and what was looked for and rejected."""
+    cli_symmetries.check(kinds, mode, rows)
+    _check_json(json_path)
+    target = _target(reference, checkpoint, device)
+    found = cli_symmetries.search(target, kinds, mode, rows)
+    _out.print(cli_symmetries.listing(found, target.model))
+    _save(json_path, found.to_dict())
+
+
 @_reproduce.command("factorization")
 def reproduce_factorization_command(
     out: Annotated[Path, typer.Option(help="Directory of results.json and report.html.")] = Path("runs/factorization"),
@@ -359,3 +380,9 @@ def _check_json(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         reason = "it is a directory" if path.is_dir() else f"there is no directory {path.parent}"
         raise StoreError(f"--json {path} cannot be written: {reason}")
+
+
+def _save(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        write_json(path, json.loads(json.dumps(content), parse_constant=lambda _: None))
+        _out.print(str(path.resolve()), highlight=False, markup=False, soft_wrap=True)

@@ -28,7 +28,6 @@ from flatminima.measures import Measurement
 from flatminima.objective import Objective, ObjectiveError
 
 _LIMIT = 5 * 10**7  # numbers that all scales of all members may take together
-_PROBES = 30
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def trace_laws(
         orbits: whose members were measured.
         measured: kind -> the trace at its members; may be shorter than the orbit.
 
-    Cost: that of the exact diagonal; where there is none, 30 Hessian products for all members of all orbits.
+    Cost: that of the exact diagonal; where there is none, ``max_probes`` Hessian products for all members of all orbits.
     """
     objective = bench.objective
     diagonal = [
@@ -116,7 +115,7 @@ def trace_laws(
     weights = [[_scales(bench, orbit, i).pow(-2) for i in range(len(values))] for orbit, values in diagonal]
     flat = torch.stack([w for row in weights for w in row])
     with bench.lifted():
-        samples, diag, exact = _sampled(objective, flat, bench.seed)
+        samples, diag, exact = _sampled(objective, flat, bench.options.max_probes, bench.seed)
     laws, start = [], 0
     for orbit, values in diagonal:
         own = samples[:, start : start + len(values)]
@@ -144,7 +143,7 @@ def _scales(bench: Bench, orbit: Orbit, index: int) -> Tensor:
     return torch.cat([parts[name] for name in bench.objective.parameter_names])
 
 
-def _sampled(objective: Objective, weights: Tensor, seed: int) -> tuple[Tensor, Tensor, bool]:
+def _sampled(objective: Objective, weights: Tensor, probes: int, seed: int) -> tuple[Tensor, Tensor, bool]:
     """Samples of ``sum_k w_k H_kk`` for every row of weights and, last, for ones; the mean diagonal; whether it is exact."""
     if why_not(objective) is None:
         try:
@@ -155,13 +154,13 @@ def _sampled(objective: Objective, weights: Tensor, seed: int) -> tuple[Tensor, 
             return torch.cat([weights @ h, h.sum()[None]])[None], h, True
     stream = random_stream(seed, "law of the trace")
     rows, total = [], torch.zeros(objective.n, dtype=torch.float64)
-    for _ in range(_PROBES):
+    for _ in range(probes):
         signs = random_signs(objective.n, stream, objective.device).double()
         h = (signs * objective.hvp(signs)).double().cpu()
         rows.append(torch.cat([weights @ h, h.sum()[None]]))
         total += h
     objective.release()
-    return torch.stack(rows), total / _PROBES, False
+    return torch.stack(rows), total / probes, False
 
 
 def _law(

@@ -170,10 +170,18 @@ def _refusal(found: MinimaComparison) -> str:
         )
     if not any(audit.coordinates for audit in found.audits):
         return "no symmetry of these networks was found, so that no number was put to the test."
-    return (
-        f"none of the measures is invariant under the symmetries of these networks.{moving} "
-        "Add w_hessian_w or fisher_rao, which are under every linear one."
+    closest = min(
+        (d.measure for d in found.differences if d.of_flatness), key=lambda m: len(_moved(found, m)), default=None
     )
+    under = words.join(_moved(found, closest)) if closest else ""
+    nearest = f" Closest is {MEASURES[closest].label}, which moves under {under}." if closest else ""
+    return f"no measure of flatness here is invariant under all symmetries of these networks.{moving}{nearest}"
+
+
+def _moved(found: MinimaComparison, measure: str) -> list[str]:
+    """The kinds under which a measure is not known to be invariant, or was not seen to be."""
+    changes = [c for audit in found.audits for c in audit.of(measure)]
+    return list(dict.fromkeys(c.symmetry for c in changes if c.status not in ("invariant", "nearly")))
 
 
 def _difference(found: MinimaComparison, d: Difference) -> str:

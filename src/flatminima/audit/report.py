@@ -99,8 +99,9 @@ class AuditReport:
         return table
 
     def largest_ratio(self, name: str) -> float | None:
-        """The largest change factor of a measure over all changes of coordinates."""
-        return max((c.max_ratio for c in self.of(name)), default=None)
+        """The largest change factor of a measure over all changes of coordinates: over those that moved it, if any did."""
+        changes = self.of(name)
+        return max((c.max_ratio for c in [c for c in changes if c.significant] or changes), default=None)
 
     def spread(self, name: str) -> float | None:
         """Geometric standard deviation factor over the network and all its members; see :class:`Change`."""

@@ -48,11 +48,13 @@ def answer(report: AuditReport) -> str:
         )
     moved = report.by_verdict("changes", "found to change")
     if moved:
-        largest = max(report.largest_ratio(name) or 1.0 for name in moved)
+        ratios = [report.largest_ratio(name) or 1.0 for name in moved]
+        finite = [ratio for ratio in ratios if math.isfinite(ratio)]
+        how = [f"moved by up to {factor(max(finite))}"] * bool(finite) + ["changed sign"] * (len(finite) < len(ratios))
         change = max(o.max_change for o in report.orbits if o.function_preserving)
         clauses.append(
-            f"{len(moved)} describe the coordinates ({some(labels_of(moved))}): they moved by up to {factor(largest)} while "
-            f"the outputs agree to {number(change, 1)} of the largest"
+            f"{len(moved)} describe the coordinates ({some(labels_of(moved))}): they {' or '.join(how)} while the "
+            f"outputs agree to {number(change, 1)} of the largest"
         )
     for verdict, meaning in (
         ("survived", "did not move on these members, without a theorem that says why"),
@@ -127,6 +129,8 @@ def details(report: AuditReport) -> list[str]:
 def law(found: TraceLaw) -> str:
     """The law of the trace under one kind of symmetry, for the member that changes it most."""
     measured, most = found.measured[found.most], found.most
+    if not found.parts:
+        return f"{found.symmetry}: the error of the Hessian trace ({number(found.trace, 3)}) hides its law."
     beside = f"{factor(measured / found.trace)} measured, " if math.isfinite(measured) and found.trace else ""
     head = f"{found.symmetry}: the Hessian trace changes by {beside}{factor(found.factor)} predicted"
     if not found.exact:
@@ -135,8 +139,6 @@ def law(found: TraceLaw) -> str:
             if found.trace
             else ""
         )
-    if not found.parts:
-        return f"{head}; its own error hides which layers carry it."
     lead = found.parts[0]
     scaled = "its units by different factors" if lead.scale is None else f"it by {number(lead.scale, 3)}"
     share = (

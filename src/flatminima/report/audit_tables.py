@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,9 +69,9 @@ def verdict_table(audit: Results, name: str = "verdicts", short: bool = False) -
     return Table(name, "Which numbers are about the function?", tuple(columns), tuple(rows))
 
 
-def matrix_table(audit: Results, name: str = "matrix", short: bool = False) -> Table:
-    """Measure by symmetry: the largest factor, and what it means."""
-    kinds = [s["kind"] for s in audit["symmetries"]]
+def matrix_table(audit: Results, name: str = "matrix", short: bool = False, columns: slice = slice(None)) -> Table:
+    """Measure by symmetry (some of the columns, where there are many): the largest factor, and what it means."""
+    kinds = [s["kind"] for s in audit["symmetries"]][columns]
     rows = []
     for measure, row in audit["changes"].items():
         if not row:
@@ -94,11 +95,12 @@ def symmetries_table(audit: Results, name: str = "symmetries", short: bool = Fal
     rows = []
     for s in audit["symmetries"]:
         sites = list(map(str, s["sites"]))
-        more = f" and {len(sites) - shown} more" if len(sites) > shown else ""
+        first = [textwrap.shorten(sites[0], 60)] if short else sites[:shown]
+        more = f" and {len(sites) - len(first)} more" if len(sites) > len(first) else ""
         code = f" ({SHORT[s['kind']]})" if s["kind"] in SHORT else ""
         row = [
             Cell(labels.symmetry(s["kind"]) + code, "" if short else str(s["law"])),
-            Cell("; ".join(sites[:shown]) + more),
+            Cell("; ".join(first) + more),
             Cell(_KEEPS[s["preserves"]], "" if s["exact"] else "up to the epsilon of a normalisation"),
             Cell(integer(s["members"]), values=(s["members"],)),
             Cell(plain(s["max_change"], 2), values=(s["max_change"],)),

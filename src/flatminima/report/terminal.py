@@ -14,6 +14,7 @@ from flatminima.report import audit_tables as audited
 from flatminima.report import measure_tables, tables
 from flatminima.report.tables import Cell, Table
 
+_COLUMNS = 6  # kinds of symmetry that fit beside the measures
 _STYLES = {"good": "green", "bad": "red", "": ""}
 
 
@@ -109,8 +110,8 @@ def audit_tables(results: Mapping[str, Any]) -> RenderableType:
         parts.append(rendered(audited.differences_table(results["comparison"], short=True)))
     else:
         parts.append(rendered(audited.verdict_table(audit, short=True)))
-    for table in (audited.matrix_table(audit, short=True), audited.symmetries_table(audit, short=True)):
-        if table:
-            parts.append(rendered(table))
+    kinds = range(0, len(audit["symmetries"]), _COLUMNS)
+    matrices = [audited.matrix_table(audit, short=True, columns=slice(k, k + _COLUMNS)) for k in kinds]
+    parts += [rendered(table) for table in (*matrices, audited.symmetries_table(audit, short=True)) if table]
     parts += [Text(f"refused at {site}: {reason}", style="dim") for site, reason in audited.refused(audit)]
     return Group(*parts)

@@ -28,10 +28,10 @@ from .actions import Action, Shift
 from .base import Findings, Site, Symmetry
 from .classes import FIXED, position_among
 from .feeds import BiasFeed, bias_feeds
+from .groups import Group, TiedError, brief, depends_on_data
 from .heads import Attention
 from .network import Network
 from .parameters import Entry
-from .scales import Group, TiedError, brief, depends_on_data
 from .sites import (
     Block,
     Mixing,
@@ -73,16 +73,16 @@ def find(network: Network) -> Findings:
 
 def _query_key(network: Network, attention: Attention) -> Iterator[tuple[str, Site]]:
     """Full and diagonal maps, one matrix for each key head."""
-    roots = network.raw.classes.roots
-    queries, keys = roots(attention.queries)[0], roots(attention.keys)[0]
-    _require_free(network, torch.cat([queries, keys]), _LINEAR | {"contracted", "gain"}, "the queries or keys")
+    both = torch.cat([attention.queries, attention.keys])
+    _require_free(network, both, _LINEAR | {"contracted", "gain"}, "the queries or keys")
+    queries, keys = network.raw.classes.roots(both)[0].chunk(2)
     if bool(torch.isin(queries, keys).any()):
         raise ValueError("queries and keys share their weights: A and A^-T would have to be equal")
     full: list[Block] = []
     scaled: list[Block] = []
     layers: list[str] = []
     for mine in _shared(keys):
-        shared, its_queries = keys[mine[0]], queries[mine]
+        shared, its_queries = keys[mine[0]], torch.unique(queries[mine], dim=0)
         counts = torch.bincount(shared)[shared]
         for multiplicity, draw, draw_diagonal in ((1, invertible, diagonal), (2, rotations, scaled_pairs)):
             chosen = counts == multiplicity
@@ -95,7 +95,7 @@ def _query_key(network: Network, attention: Attention) -> Iterator[tuple[str, Si
                 raise ValueError("no weight writes the queries or the keys")
             layers += [network.flow.parameters.layer(s.name) for s in written + read]
             scaled.append(Block(units, written, read, draw_diagonal))
-            mixable = all(alike(network, row[chosen]) for row in (*its_queries, shared)) or multiplicity == 2
+            mixable = all(network.alike(row[chosen]) for row in (*its_queries, shared)) or multiplicity == 2
             if mixable and not _met(network, torch.cat([its_queries[:, chosen].reshape(-1), shared])) & {"gain"}:
                 full.append(Block(units, written, read, draw))
     name = f"{brief(tuple(dict.fromkeys(layers)))} ({len(queries)} heads)"
@@ -119,7 +119,7 @@ def _slices(network: Network, row: Tensor, multiplicity: int) -> list[Slices]:
     """The weights of the units in a row of one head, in its order; of pairs, both members one after the other."""
     order = row if multiplicity == 1 else torch.unique(row)
     distinct = torch.unique(row)
-    written, read = network.raw.slices_of(distinct)
+    written, read = network.raw.slices_of(distinct, mixed=True)
     if read:
         raise ValueError(f"its units are also read by {brief(tuple(s.name for s in read))}")
     if multiplicity == 1:
@@ -153,21 +153,21 @@ def _value_output(network: Network, attention: Attention) -> Iterator[tuple[str,
     """One matrix for each value head."""
     if attention.values is None:
         return
+    _require_free(network, attention.values, _LINEAR | {"averaged", "read"}, "the values")
     values = network.raw.classes.roots(attention.values)[0]
-    met = _require_free(network, values, _LINEAR | {"averaged", "read"}, "the values")
-    blocks, layers = [], []
+    blocks: list[Block] = []
+    layers: list[str] = []
     for mine in _shared(values):
         row = values[mine[0]]
         distinct = torch.unique(row)
-        if len(distinct) != len(row) or not alike(network, row):
+        if len(distinct) != len(row) or not network.alike(row):
             raise ValueError("its units do not all meet the same")
-        written, read = network.raw.slices_of(distinct)
+        written, read = network.raw.slices_of(distinct, mixed=True)
         if not written or not read:
             raise ValueError("no weight writes or reads the values")
         layers += [network.flow.parameters.layer(s.name) for s in written + read]
         blocks.append(Block(len(distinct), tuple(written), tuple(read), invertible))
-    if "averaged" in met:
-        yield "value-output", Mixing(f"{brief(tuple(dict.fromkeys(layers)))} ({len(blocks)} heads)", tuple(blocks))
+    yield "value-output", Mixing(f"{brief(tuple(dict.fromkeys(layers)))} ({len(blocks)} heads)", tuple(blocks))
 
 
 def _is_averaged(group: Group, network: Network) -> bool:
@@ -187,28 +187,27 @@ def _key_bias(network: Network, attention: Attention) -> Iterator[tuple[str, Sit
     biases = _biases(network, keys)
     if not attention.sums_to_one or not biases:
         return
-    _require_free(network, keys, _LINEAR | {"contracted", "gain"}, "the keys")
+    _require_free(network, attention.keys, _LINEAR | {"contracted", "gain"}, "the keys")
     if "scaled" in _met(network, keys):
         raise ValueError(
             "the keys are multiplied by numbers that differ from position to position, such as rotary ones"
         )
-    for name, part in biases:
-        flat = Slices(name, part.shape, part.positions.reshape(1, -1))
+    for name, unit in biases:
+        shape = network.tape.parameters[name].shape
+        flat = Slices(name, shape, (unit.expand(shape).reshape(-1) >= 0).nonzero().reshape(1, -1))
         yield "key-bias-shift", Shifting(f"{name} ({attention.name})", flat, network.typical(name))
 
 
-def _biases(network: Network, roots: Tensor) -> list[tuple[str, Slices]]:
-    """The parameters that are added to units of these classes."""
+def _biases(network: Network, roots: Tensor) -> list[tuple[str, Tensor]]:
+    """The parameters that are added to units of these classes, and the unit of each of their elements."""
     found = []
     added = {element for element in network.flow.biases.values() if element is not None}
-    for name, entries in network.raw.uses_of.items():
-        numbers = network.flow.parameters.numbers[name].reshape(-1)
-        for entry, is_data in entries:
+    for name in network.raw.touched(roots):
+        numbers = network.flow.parameters.numbers[name]
+        for entry, is_data in network.raw.uses_of[name]:
             unit = position_among(network.raw.classes.roots(entry.out)[0], roots)
-            if is_data and bool((unit >= 0).any()):
-                part = slices(name, tuple(network.flow.parameters.numbers[name].shape), unit, len(roots))
-                if part is not None and set(numbers[part.positions].reshape(-1).tolist()) <= added:
-                    found.append((name, part))
+            if is_data and bool((unit >= 0).any()) and set(numbers[unit.expand(numbers.shape) >= 0].tolist()) <= added:
+                found.append((name, unit))
     return found
 
 
@@ -239,23 +238,26 @@ def _value_bias(network: Network, attention: Attention) -> Iterator[tuple[str, S
     biases = _biases(network, values)
     if not biases:
         return
-    _require_free(network, values, _LINEAR | {"averaged", "read"}, "the values")
+    _require_free(network, attention.values, _LINEAR | {"averaged", "read"}, "the values")
     feeds = bias_feeds(network.flow, network.raw.classes, values)
     if feeds is None:
         raise ValueError("what reads the values has no bias of its own that could take the shift away")
-    for name, part in biases:
-        if part.positions.shape[1] == 1:
+    for name, unit in biases:
+        part = slices(name, network.tape.parameters[name].shape, unit, len(values))
+        if part is not None and part.positions.shape[1] == 1:
             yield "value-bias-shift", _ValueBias(f"{name} ({attention.name})", part, feeds, network.typical(name))
 
 
 # ----- what units meet ------------------------------------------------------------------------------------------------
 
 
-def _require_free(network: Network, roots: Tensor, allowed: frozenset[str], what: str) -> set[str]:
-    if bool((roots <= FIXED).any()):
-        labels = torch.cat([attention.reshape(-1) for attention in (roots,)])
-        reason = next((network.raw.classes.reason(int(r)) for r in labels.tolist() if r <= FIXED), None)
-        raise ValueError(f"{what} are not free: {reason}")
+def _require_free(network: Network, labels: Tensor, allowed: frozenset[str], what: str) -> set[str]:
+    """The categories of events that the units meet; ValueError where one of them is fixed or meets anything else."""
+    classes = network.raw.classes
+    roots = classes.roots(labels)[0]
+    fixed = labels[roots <= FIXED].reshape(-1)
+    if len(fixed):
+        raise ValueError(f"{what} are not free: {classes.reason(int(fixed[0]))}")
     met = _met(network, roots)
     if not met <= allowed:
         raise ValueError(f"{what} also meet: {', '.join(sorted(met - allowed))}")
@@ -264,18 +266,3 @@ def _require_free(network: Network, roots: Tensor, allowed: frozenset[str], what
 
 def _met(network: Network, roots: Tensor) -> set[str]:
     return {category for root in torch.unique(roots).tolist() for category in network.raw.met[root]}
-
-
-def alike(network: Network, row: Tensor) -> bool:
-    """Whether all units of a row are multiplied by the same numbers, wherever they are multiplied by numbers."""
-    flow = network.flow
-    for event in flow.events:
-        if event.category != "scaled" or event.call is None:
-            continue
-        free, other = sorted((v for v in event.call.args[:2]), key=lambda v: not flow.is_free(v))
-        labels = network.raw.classes.roots(flow.labels(free))[0].expand(event.call.out[0].shape)
-        factor = other.tensor.expand(labels.shape)
-        columns = [factor[labels == root] for root in row.tolist()]
-        if any(not torch.equal(column, columns[0]) for column in columns):
-            return False
-    return True

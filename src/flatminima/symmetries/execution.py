@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flatminima.batches import moved
 from flatminima.objective import unwrapped
 
 MODES = ("eval", "train")
@@ -80,6 +81,17 @@ def run(twin: nn.Module, inputs: Any, recorder: TorchDispatchMode | None = None)
         return twin(*arguments) if isinstance(arguments, tuple) else twin(arguments)
 
 
+def run_as_is(model: nn.Module, mode: str, inputs: Any) -> Any:
+    """What a copy of the model returns in its own precision."""
+    twin = copy.deepcopy(unwrapped(model)[0]).train(mode == "train")
+    first = next(iter(twin.parameters()), torch.zeros(()))
+    given = moved(inputs, first.device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[first.device] if first.device.type == "cuda" else []):
+        if isinstance(given, Mapping):
+            return twin(**given)
+        return twin(*given) if isinstance(given, tuple) else twin(given)
+
+
 def _prepared(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.detach().to(device=device, dtype=_WIDE.get(inputs.dtype, inputs.dtype)).clone()
@@ -99,7 +111,11 @@ def evaluating(device: torch.device) -> Iterator[None]:
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         sdpa_kernel(SDPBackend.MATH),
     ):
-        torch.manual_seed(0)
+        # torch.manual_seed would reseed every device of the machine, also those that fork_rng does not restore.
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            position = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[position].manual_seed(0)
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             torch.set_default_dtype(torch.float64)  # of tensors that the model makes on its way
@@ -113,7 +129,7 @@ def outputs(returned: Any) -> tuple[Tensor, ...]:
     """The tensors that a model predicts with: its one tensor, its `logits`, or every floating-point tensor it returns.
 
     Raises:
-        TypeError: none.
+        TypeError: it returns no such tensor.
     """
     logits = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
     found = tuple(_floating(returned if logits is None else logits))

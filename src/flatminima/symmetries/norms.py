@@ -23,9 +23,10 @@ from torch import Tensor
 from .actions import Action, Scale, Shift
 from .base import Findings, Site, Symmetry
 from .classes import FIXED, position_among
-from .flow import NormUse
+from .groups import NORMS, Group, brief, depends_on_data
 from .network import Network
-from .scales import NORMS, Group, Scales, brief, depends_on_data
+from .records import NormUse
+from .scales import Scales
 from .sites import Rescaling, Shifting, log_uniform, log_uniform_signed, normal, slices, uniform
 
 _SLACK = 1e-4
@@ -184,11 +185,14 @@ def _removed(
     for name, found in network.raw.uses_of.items():
         for entry, is_data in found:
             unit = position_among(network.raw.classes.roots(entry.out)[0], roots)
-            if not bool((unit >= 0).any()) or not (is_data or alone):
+            if not bool((unit >= 0).any()) or not (is_data or alone) or entry.separate:
                 continue
             site = f"{name if is_data else flow.parameters.layer(name)} -> {ends}"
             if len(found) > 1:
-                yield site, f"'{name}' is used {len(found)} times in the forward pass (tied parameters)"
+                yield (
+                    site,
+                    f"layernorm-shift: '{name}' is used {len(found)} times in the forward pass (tied parameters)",
+                )
                 break
             value, size = network.tape.parameters[name], network.typical(name)
             if norm.style in ("batch", "running"):
@@ -205,7 +209,7 @@ def _removed(
                 try:
                     part = slices(name, value.shape, mine, len(members.unique()))
                 except ValueError as error:
-                    yield site, str(error)
+                    yield site, f"layernorm-shift: {error}"
                     break
                 if part is not None:
                     yield Shifting(site, part, size)

@@ -23,8 +23,8 @@ from collections.abc import Iterator
 
 from .base import FalseFriend, Findings, Symmetry
 from .classes import FIXED
+from .groups import Group, depends_on_data
 from .network import Network
-from .scales import Group, depends_on_data
 from .sites import log_uniform, log_uniform_shared
 
 LAYER = "relu-layer-rescaling"
@@ -76,7 +76,7 @@ def _refused(network: Network) -> Iterator[tuple[str, str]]:
                 continue
             label = int(labels.reshape(-1)[0])
             met = raw.met[raw.classes.root(label)[0]]
-            by_construction = "contracted" in met or met <= {"write", "batch-norm", "output"}
+            by_construction = "contracted" in met or met <= {"write", "batch-norm", "output", "scaled"}
             if raw.classes.reason(label) is not None or not by_construction:
                 yield flow.parameters.layer(entry.name), str(scales.classes.reason(label))
     yield from flow.computed

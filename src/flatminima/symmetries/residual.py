@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from .actions import Action, Mix
-from .attention import alike
 from .base import Findings, Site, Symmetry
 from .classes import FIXED, pairs, position_among
-from .flow import NormUse
+from .groups import NORMS, Group, TiedError, brief, covers
 from .network import Network
-from .scales import NORMS, Group, TiedError, brief
+from .parameters import Entry
+from .records import NormUse
 from .sites import Slices, invertible, orthogonal, slices
 
 
@@ -61,11 +61,9 @@ class _Part:
 
     def agrees(self, other: _Part) -> bool:
         """Whether both do the same to the same elements."""
-        if self.matrix != other.matrix or not torch.equal(self.slices.positions, other.slices.positions):
-            return False
-        return self.gain is other.gain or (
-            self.gain is not None and other.gain is not None and torch.equal(self.gain, other.gain)
-        )
+        gains = [gain for gain in (self.gain, other.gain) if gain is not None]
+        same_gain = not gains or (len(gains) == 2 and torch.equal(*gains))
+        return self.matrix == other.matrix and same_gain and torch.equal(self.slices.positions, other.slices.positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +73,7 @@ class _Stream:
     parts: tuple[_Part, ...]
     orthogonal: bool
     keeps_ones: bool
-
-    @property
-    def is_linear(self) -> bool:
-        return all(part.gain is None for part in self.parts)
+    is_linear: bool  # not where a gain comes in between, even if its present value is constant
 
     def sample(self, generator: torch.Generator, max_scale: float) -> tuple[Action, ...]:
         if self.orthogonal:
@@ -108,9 +103,11 @@ def _keeping_ones(generator: torch.Generator, units: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Behind:
-    """The units behind a normalisation of a stream: their classes in the order of the stream, and their gain, if any."""
+    """The units behind a normalisation of a stream: their classes in the order of the stream, whether a gain comes before them,
+    and the gain unless it is constant, so that it commutes with everything."""
 
     roots: Tensor
+    is_gained: bool
     gain: Tensor | None
 
 
@@ -124,13 +121,23 @@ def _stream(group: Group, network: Network) -> _Stream:
     ends = tuple(
         dict.fromkeys([*(use.call.module or network.tape.describe(use.call) for use in norms), *group.readers])
     )
-    return _Stream(f"{brief(group.writers)} -> {brief(ends)}", len(group.roots), tuple(parts), bool(norms), keeps_ones)
+    return _Stream(
+        f"{brief(group.writers)} -> {brief(ends)}",
+        len(group.roots),
+        tuple(parts),
+        bool(norms),
+        keeps_ones,
+        not any(b.is_gained for b in behind),
+    )
 
 
 def _is_stream(group: Group, network: Network) -> bool:
     """Whether nothing singles out a unit: no constants of their own, no normalisation that mixes them with positions."""
     uses = [use for use in network.flow.norms if _reads(use, group, network)]
-    return bool(group.writers) and alike(network, group.roots) and all(use.norm.style == "layer" for use in uses)
+    names = (entry.name for entry in group.entries)
+    separate = any(entry.separate for name in names for entry, _ in network.raw.uses_of[name])
+    simple = bool(group.writers) and all(use.norm.style == "layer" for use in uses)
+    return simple and not separate and network.alike(group.roots)
 
 
 def _reads(use: NormUse, group: Group, network: Network) -> bool:
@@ -153,14 +160,16 @@ def _behind(use: NormUse, group: Group, network: Network) -> _Behind:
     labels = torch.tensor([gains.get(label, label) for label in after.tolist()])
     roots = network.raw.classes.roots(labels)[0]
     met = {category for root in roots.tolist() for category in network.raw.met[root]}
-    linear = met <= {"gain", "read", "scaled"} and alike(network, roots)
+    linear = met <= {"gain", "read", "scaled"} and network.alike(roots)
     if bool((roots <= FIXED).any()) or len(torch.unique(roots)) != len(roots) or not linear:
         raise ValueError(f"what {where} puts out is not only read by linear layers")
-    return _Behind(roots, _gain(labels, network) if gains else None)
+    gain = _gain(labels, network) if gains else None
+    constant = gain is None or bool((gain == gain[0]).all())
+    return _Behind(roots, bool(gains), None if constant else gain)
 
 
-def _gain(labels: Tensor, network: Network) -> Tensor | None:
-    """The values of a gain, by its labels; None where it is constant and commutes with everything."""
+def _gain(labels: Tensor, network: Network) -> Tensor:
+    """The values of a gain, by its labels."""
     for name, found in network.raw.uses_of.items():
         for entry, is_data in found:
             if is_data and bool(torch.isin(labels, entry.out).all()):
@@ -182,7 +191,7 @@ def _agreed(name: str, group: Group, behind: list[_Behind], network: Network) ->
     moving = [parts for _, parts in plays if parts]
     for entry, parts in plays:
         for others in moving:
-            covered = any(bool((entry.out.expand(shape).reshape(-1)[o.slices.positions] > -1).any()) for o in others)
+            covered = any(covers(entry, other.slices) for other in others)
             if covered and not (
                 len(parts) == len(others) and all(a.agrees(b) for a, b in zip(parts, others, strict=True))
             ):
@@ -198,17 +207,17 @@ def _agreed(name: str, group: Group, behind: list[_Behind], network: Network) ->
 
 
 def _parts(
-    name: str, shape: tuple[int, ...], entry: object, group: Group, behind: list[_Behind], network: Network
+    name: str, shape: tuple[int, ...], entry: Entry, group: Group, behind: list[_Behind], network: Network
 ) -> Iterator[_Part]:
     roots = network.raw.classes.roots
     both = "A" if behind else "A^-T"  # an orthogonal A is its own A^-T
-    for labels, matrix in ((entry.out, "A"), (entry.into, both)):  # type: ignore[attr-defined]
+    for labels, matrix in ((entry.out, "A"), (entry.into, both)):
         part = slices(name, shape, position_among(roots(labels)[0], group.roots), len(group.roots))
         if part is not None:
             yield _Part(part, matrix)
     for after in behind:
         ordered, place = torch.sort(after.roots)
-        for labels, matrix in ((entry.out, "M"), (entry.into, "M^-T")):  # type: ignore[attr-defined]
+        for labels, matrix in ((entry.out, "M"), (entry.into, "M^-T")):
             if matrix == "M" and bool(torch.isin(labels, _gain_labels(network)).any()):
                 continue
             unit = position_among(roots(labels)[0], ordered)
