@@ -35,6 +35,7 @@ def logit_normalised(objective: Objective) -> Objective:
         NotApplicableError: there are no logits, or a row without spread.
 
     Example:
+        >>> import torch
         >>> net = torch.nn.Linear(2, 3).double()
         >>> data = torch.randn(4, 2).double(), torch.tensor([0, 1, 2, 0])
         >>> f = Objective(net, torch.nn.functional.cross_entropy, data)
