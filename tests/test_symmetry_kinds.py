@@ -301,7 +301,7 @@ def test_scale_before_a_normalisation_is_approximate_and_says_how_much() -> None
     for name in ("transformer, sdpa", "llama", "group norm"):
         _, _, search = searched(name)
         (symmetry,) = search.approximate
-        proof = search.proofs["pre-norm-rescaling"]
+        proof = search.changes["pre-norm-rescaling"]
         assert symmetry.kind == "pre-norm-rescaling"
         assert not symmetry.exact
         assert proof.status == "approximate"
@@ -338,7 +338,7 @@ def test_batch_statistics_in_train_mode() -> None:
     assert found["layernorm-shift"] == ("conv1.bias -> bn1", "conv2.bias -> bn2")
     assert found["norm-gain-rescaling"] == ("bn1 -> conv2", "bn2 -> head")
     assert [s.kind for s in search.approximate] == ["pre-norm-rescaling"]
-    assert 1e-9 < search.proofs["pre-norm-rescaling"].max_change < 1e-3
+    assert 1e-9 < search.changes["pre-norm-rescaling"].max_change < 1e-3
     member = search.approximate[0].member(generator())
     assert prove(model, member, x, mode="train").status == "approximate"
     assert prove(model, member, x).status == "refuted"  # the running statistics stayed behind

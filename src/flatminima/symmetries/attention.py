@@ -28,10 +28,10 @@ from .actions import Action, Shift
 from .base import Findings, Site, Symmetry
 from .classes import FIXED, position_among
 from .feeds import BiasFeed, bias_feeds
+from .groups import Group, TiedError, brief, depends_on_data
 from .heads import Attention
 from .network import Network
 from .parameters import Entry
-from .scales import Group, TiedError, brief, depends_on_data
 from .sites import (
     Block,
     Mixing,
@@ -73,9 +73,9 @@ def find(network: Network) -> Findings:
 
 def _query_key(network: Network, attention: Attention) -> Iterator[tuple[str, Site]]:
     """Full and diagonal maps, one matrix for each key head."""
-    roots = network.raw.classes.roots
-    queries, keys = roots(attention.queries)[0], roots(attention.keys)[0]
-    _require_free(network, torch.cat([queries, keys]), _LINEAR | {"contracted", "gain"}, "the queries or keys")
+    both = torch.cat([attention.queries, attention.keys])
+    _require_free(network, both, _LINEAR | {"contracted", "gain"}, "the queries or keys")
+    queries, keys = network.raw.classes.roots(both)[0].chunk(2)
     if bool(torch.isin(queries, keys).any()):
         raise ValueError("queries and keys share their weights: A and A^-T would have to be equal")
     full: list[Block] = []
@@ -153,9 +153,10 @@ def _value_output(network: Network, attention: Attention) -> Iterator[tuple[str,
     """One matrix for each value head."""
     if attention.values is None:
         return
+    _require_free(network, attention.values, _LINEAR | {"averaged", "read"}, "the values")
     values = network.raw.classes.roots(attention.values)[0]
-    met = _require_free(network, values, _LINEAR | {"averaged", "read"}, "the values")
-    blocks, layers = [], []
+    blocks: list[Block] = []
+    layers: list[str] = []
     for mine in _shared(values):
         row = values[mine[0]]
         distinct = torch.unique(row)
@@ -166,8 +167,7 @@ def _value_output(network: Network, attention: Attention) -> Iterator[tuple[str,
             raise ValueError("no weight writes or reads the values")
         layers += [network.flow.parameters.layer(s.name) for s in written + read]
         blocks.append(Block(len(distinct), tuple(written), tuple(read), invertible))
-    if "averaged" in met:
-        yield "value-output", Mixing(f"{brief(tuple(dict.fromkeys(layers)))} ({len(blocks)} heads)", tuple(blocks))
+    yield "value-output", Mixing(f"{brief(tuple(dict.fromkeys(layers)))} ({len(blocks)} heads)", tuple(blocks))
 
 
 def _is_averaged(group: Group, network: Network) -> bool:
@@ -187,7 +187,7 @@ def _key_bias(network: Network, attention: Attention) -> Iterator[tuple[str, Sit
     biases = _biases(network, keys)
     if not attention.sums_to_one or not biases:
         return
-    _require_free(network, keys, _LINEAR | {"contracted", "gain"}, "the keys")
+    _require_free(network, attention.keys, _LINEAR | {"contracted", "gain"}, "the keys")
     if "scaled" in _met(network, keys):
         raise ValueError(
             "the keys are multiplied by numbers that differ from position to position, such as rotary ones"
@@ -238,7 +238,7 @@ def _value_bias(network: Network, attention: Attention) -> Iterator[tuple[str, S
     biases = _biases(network, values)
     if not biases:
         return
-    _require_free(network, values, _LINEAR | {"averaged", "read"}, "the values")
+    _require_free(network, attention.values, _LINEAR | {"averaged", "read"}, "the values")
     feeds = bias_feeds(network.flow, network.raw.classes, values)
     if feeds is None:
         raise ValueError("what reads the values has no bias of its own that could take the shift away")
@@ -251,11 +251,13 @@ def _value_bias(network: Network, attention: Attention) -> Iterator[tuple[str, S
 # ----- what units meet ------------------------------------------------------------------------------------------------
 
 
-def _require_free(network: Network, roots: Tensor, allowed: frozenset[str], what: str) -> set[str]:
-    if bool((roots <= FIXED).any()):
-        labels = torch.cat([attention.reshape(-1) for attention in (roots,)])
-        reason = next((network.raw.classes.reason(int(r)) for r in labels.tolist() if r <= FIXED), None)
-        raise ValueError(f"{what} are not free: {reason}")
+def _require_free(network: Network, labels: Tensor, allowed: frozenset[str], what: str) -> set[str]:
+    """The categories of events that the units meet; ValueError where one of them is fixed or meets anything else."""
+    classes = network.raw.classes
+    roots = classes.roots(labels)[0]
+    fixed = labels[roots <= FIXED].reshape(-1)
+    if len(fixed):
+        raise ValueError(f"{what} are not free: {classes.reason(int(fixed[0]))}")
     met = _met(network, roots)
     if not met <= allowed:
         raise ValueError(f"{what} also meet: {', '.join(sorted(met - allowed))}")

@@ -130,8 +130,8 @@ def pairs(first: Tensor, second: Tensor) -> Iterable[tuple[int, int]]:
     if not a.numel():
         return ()
     span = int(b.max()) + 2
-    keys = torch.unique((a + 1) * span + (b + 1)).tolist()
-    return ((key // span - 1, key % span - 1) for key in keys)
+    keys = torch.unique((a + 1) * span + (b + 1))
+    return zip((keys // span - 1).tolist(), (keys % span - 1).tolist(), strict=True)
 
 
 def unique(labels: Tensor) -> Tensor:

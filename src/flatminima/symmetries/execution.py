@@ -111,7 +111,11 @@ def evaluating(device: torch.device) -> Iterator[None]:
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         sdpa_kernel(SDPBackend.MATH),
     ):
-        torch.manual_seed(0)
+        # torch.manual_seed would reseed every device of the machine, also those that fork_rng does not restore.
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            position = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[position].manual_seed(0)
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             torch.set_default_dtype(torch.float64)  # of tensors that the model makes on its way

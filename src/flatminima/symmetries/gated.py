@@ -9,8 +9,8 @@ The map is diagonal: ``H' = D^-1 H D^-1``.
 from __future__ import annotations
 
 from .base import Findings, Symmetry
+from .groups import Group, depends_on_data
 from .network import Network
-from .scales import Group, depends_on_data
 from .sites import Draw, log_uniform, log_uniform_signed
 
 

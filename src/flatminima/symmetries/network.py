@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .flow import Flow
+from .groups import Groups
 from .heads import Attention, heads
 from .identity import Identity
 from .parameters import Parameters
@@ -21,11 +22,10 @@ class Network:
 
     Attributes:
         tape: the run, with normalisations in one form.
-        mode: ``'eval'`` or ``'train'``, as it was recorded.
     """
 
-    def __init__(self, tape: Tape, mode: str = "eval") -> None:
-        self.tape, self.mode = normalised(tape), mode
+    def __init__(self, tape: Tape) -> None:
+        self.tape = normalised(tape)
 
     @cached_property
     def flow(self) -> Flow:
@@ -38,9 +38,9 @@ class Network:
         return Scales(self.flow)
 
     @cached_property
-    def raw(self) -> Scales:
+    def raw(self) -> Groups:
         """Groups of units that move together, with nothing decided about normalisations, outputs, products and ties."""
-        return Scales(self.flow, raw=True)
+        return Groups(self.flow)
 
     @cached_property
     def through_norms(self) -> Scales:
@@ -53,9 +53,9 @@ class Network:
         return Scales(self.flow, to_output=True)
 
     @cached_property
-    def standing(self) -> Scales:
+    def standing(self) -> Groups:
         """Groups of units of equal standing, by their identity."""
-        return Scales(Identity(self.tape, Parameters(self.tape)), raw=True)
+        return Groups(Identity(self.tape, Parameters(self.tape)))
 
     @cached_property
     def attentions(self) -> tuple[Attention, ...]:
@@ -91,6 +91,8 @@ class Network:
             if event.category != "scaled" or event.call is None:
                 continue
             free, other = sorted(event.call.args[:2], key=lambda value: not self.flow.is_free(value))
+            if other.tensor.numel() == 1 or not bool(torch.isin(self.raw.classes.roots(event.labels)[0], roots).any()):
+                continue
             shape = event.call.out[0].shape
             labels, factor = self.raw.classes.roots(self.flow.labels(free))[0].expand(shape), other.tensor.expand(shape)
             met = [factor[labels == root] for root in roots.tolist()]

@@ -23,9 +23,10 @@ from torch import Tensor
 from .actions import Action, Scale, Shift
 from .base import Findings, Site, Symmetry
 from .classes import FIXED, position_among
+from .groups import NORMS, Group, brief, depends_on_data
 from .network import Network
 from .records import NormUse
-from .scales import NORMS, Group, Scales, brief, depends_on_data
+from .scales import Scales
 from .sites import Rescaling, Shifting, log_uniform, log_uniform_signed, normal, slices, uniform
 
 _SLACK = 1e-4
@@ -188,7 +189,10 @@ def _removed(
                 continue
             site = f"{name if is_data else flow.parameters.layer(name)} -> {ends}"
             if len(found) > 1:
-                yield site, f"'{name}' is used {len(found)} times in the forward pass (tied parameters)"
+                yield (
+                    site,
+                    f"layernorm-shift: '{name}' is used {len(found)} times in the forward pass (tied parameters)",
+                )
                 break
             value, size = network.tape.parameters[name], network.typical(name)
             if norm.style in ("batch", "running"):
@@ -205,7 +209,7 @@ def _removed(
                 try:
                     part = slices(name, value.shape, mine, len(members.unique()))
                 except ValueError as error:
-                    yield site, str(error)
+                    yield site, f"layernorm-shift: {error}"
                     break
                 if part is not None:
                     yield Shifting(site, part, size)

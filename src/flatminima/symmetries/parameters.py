@@ -84,21 +84,25 @@ class Parameters:
         numbers, out, into = torch.broadcast_tensors(numbers, out, into)
         found = []
         for block in self.blocks(numbers):
-            start, size = self._starts[block], self._stops[block] - self._starts[block]
-            inside = (numbers >= start) & (numbers < start + size)
-            if not bool(inside.any()):
-                continue
-            whole = bool(inside.all())
-            at = (numbers if whole else numbers[inside]).reshape(-1) - start
-            maps = []
-            for labels in (out, into):
-                table = torch.full((size,), NONE)
-                table[at] = (labels if whole else labels[inside]).reshape(-1)
-                maps.append(table)
             for name in self._names[block]:
-                mine = self.numbers[name] - start
-                found.append(Entry(name, condensed(maps[0][mine]), condensed(maps[1][mine]), separate))
+                axes = _axes(numbers, self.numbers[name])
+                pair = (
+                    (_arranged(labels, axes, self.numbers[name]) for labels in (out, into))
+                    if axes is not None
+                    else (self._looked_up(block, name, numbers, labels) for labels in (out, into))
+                )
+                of_out, of_into = (condensed(labels) for labels in pair)
+                if bool((of_out != NONE).any()) or bool((of_into != NONE).any()):
+                    found.append(Entry(name, of_out, of_into, separate))
         return found
+
+    def _looked_up(self, block: int, name: str, numbers: Tensor, labels: Tensor) -> Tensor:
+        """Labels of a parameter's elements, found by their numbers."""
+        start, size = self._starts[block], self._stops[block] - self._starts[block]
+        inside = (numbers >= start) & (numbers < start + size)
+        table = torch.full((size,), NONE)
+        table[numbers[inside] - start] = labels[inside]
+        return table[self.numbers[name] - start]
 
     def as_data(self, numbers: Tensor, classes: Classes) -> Tensor:
         """Labels of elements that are used as numbers of their own (gains, biases, positions): one for each."""
@@ -127,6 +131,25 @@ class Parameters:
                     of = torch.where(seen, labels[mine], NONE)
                     found.append(Entry(name, condensed(_filled(of, classes)), torch.zeros(1, dtype=torch.int64)))
         return found
+
+
+def _axes(numbers: Tensor, whole: Tensor) -> list[int] | None:
+    """For each axis of a parameter, the axis of the same elements seen in another order of axes; None if they are not."""
+    if numbers.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or numbers.numel() != whole.numel():
+        return None
+    strides = {stride: axis for axis, stride in enumerate(numbers.stride()) if numbers.shape[axis] > 1}
+    axes = [strides.get(stride, -1) for stride, size in zip(whole.stride(), whole.shape, strict=True) if size > 1]
+    sizes = [size for size in whole.shape if size > 1]
+    fits = len(set(axes)) == len(axes) == len(strides) and all(
+        axis >= 0 and numbers.shape[axis] == size for axis, size in zip(axes, sizes, strict=True)
+    )
+    return axes if fits else None
+
+
+def _arranged(labels: Tensor, axes: list[int], whole: Tensor) -> Tensor:
+    """Labels in the shape of an operation, brought into that of the whole parameter."""
+    others = [axis for axis in range(labels.ndim) if axis not in axes]
+    return compact(labels.permute(*others, *axes)[(0,) * len(others)].reshape(whole.shape))[0]
 
 
 def condensed(labels: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .base import Findings, Site, Symmetry
 from .classes import FIXED, position_among
+from .groups import Group, TiedError
 from .heads import Attention, output_columns
 from .network import Network
-from .scales import Group, TiedError
 from .sites import Permuting, Slices, slices
 
 _ELSEWHERE = frozenset({"contracted", "averaged", "output"})  # heads are whole; outputs are named

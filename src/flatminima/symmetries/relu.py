@@ -23,8 +23,8 @@ from collections.abc import Iterator
 
 from .base import FalseFriend, Findings, Symmetry
 from .classes import FIXED
+from .groups import Group, depends_on_data
 from .network import Network
-from .scales import Group, depends_on_data
 from .sites import log_uniform, log_uniform_shared
 
 LAYER = "relu-layer-rescaling"

@@ -24,9 +24,10 @@ from torch import Tensor
 from .actions import Action, Mix
 from .base import Findings, Site, Symmetry
 from .classes import FIXED, pairs, position_among
+from .groups import NORMS, Group, TiedError, brief, covers
 from .network import Network
+from .parameters import Entry
 from .records import NormUse
-from .scales import NORMS, Group, TiedError, brief
 from .sites import Slices, invertible, orthogonal, slices
 
 
@@ -60,11 +61,9 @@ class _Part:
 
     def agrees(self, other: _Part) -> bool:
         """Whether both do the same to the same elements."""
-        if self.matrix != other.matrix or not torch.equal(self.slices.positions, other.slices.positions):
-            return False
-        return self.gain is other.gain or (
-            self.gain is not None and other.gain is not None and torch.equal(self.gain, other.gain)
-        )
+        gains = [gain for gain in (self.gain, other.gain) if gain is not None]
+        same_gain = not gains or (len(gains) == 2 and torch.equal(*gains))
+        return self.matrix == other.matrix and same_gain and torch.equal(self.slices.positions, other.slices.positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +191,7 @@ def _agreed(name: str, group: Group, behind: list[_Behind], network: Network) ->
     moving = [parts for _, parts in plays if parts]
     for entry, parts in plays:
         for others in moving:
-            covered = any(bool((entry.out.expand(shape).reshape(-1)[o.slices.positions] > -1).any()) for o in others)
+            covered = any(covers(entry, other.slices) for other in others)
             if covered and not (
                 len(parts) == len(others) and all(a.agrees(b) for a, b in zip(parts, others, strict=True))
             ):
@@ -208,17 +207,17 @@ def _agreed(name: str, group: Group, behind: list[_Behind], network: Network) ->
 
 
 def _parts(
-    name: str, shape: tuple[int, ...], entry: object, group: Group, behind: list[_Behind], network: Network
+    name: str, shape: tuple[int, ...], entry: Entry, group: Group, behind: list[_Behind], network: Network
 ) -> Iterator[_Part]:
     roots = network.raw.classes.roots
     both = "A" if behind else "A^-T"  # an orthogonal A is its own A^-T
-    for labels, matrix in ((entry.out, "A"), (entry.into, both)):  # type: ignore[attr-defined]
+    for labels, matrix in ((entry.out, "A"), (entry.into, both)):
         part = slices(name, shape, position_among(roots(labels)[0], group.roots), len(group.roots))
         if part is not None:
             yield _Part(part, matrix)
     for after in behind:
         ordered, place = torch.sort(after.roots)
-        for labels, matrix in ((entry.out, "M"), (entry.into, "M^-T")):  # type: ignore[attr-defined]
+        for labels, matrix in ((entry.out, "M"), (entry.into, "M^-T")):
             if matrix == "M" and bool(torch.isin(labels, _gain_labels(network)).any()):
                 continue
             unit = position_among(roots(labels)[0], ordered)

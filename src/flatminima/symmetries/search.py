@@ -58,18 +58,21 @@ class SymmetrySearch:
     Attributes:
         found: exact symmetries, each proved; one for each kind that has a site in the network. `Symmetry.preserves` says
             whether the outputs, the probabilities or only the predictions stay.
-        approximate: those that hold only up to the ``eps`` of a normalisation, with their measured change in `proofs`.
         rejected: (site, reason) for each place that could not be used; the site is ``'model'`` where no place was.
-        proofs: by kind, of a random member that acts at all sites at once.
+        proofs: of each kind in `found`, of a random member that acts at all sites at once.
+        approximate: those that hold only up to the ``eps`` of a normalisation.
+        changes: of each kind in `approximate`, the measured change with its tolerance.
     """
 
     found: tuple[Symmetry, ...]
     rejected: tuple[tuple[str, str], ...]
-    approximate: tuple[Symmetry, ...] = ()
     proofs: Mapping[str, Proof] = field(default_factory=dict)
+    approximate: tuple[Symmetry, ...] = ()
+    changes: Mapping[str, Proof] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
+        every = [(s, self.proofs[s.kind]) for s in self.found] + [(s, self.changes[s.kind]) for s in self.approximate]
         return {
             "found": [
                 {
@@ -81,13 +84,9 @@ class SymmetrySearch:
                     "orthogonal": s.orthogonal,
                     "law": s.law,
                     "hessian_law": s.hessian_law,
-                    "proof": {
-                        "status": self.proofs[s.kind].status,
-                        "max_change": self.proofs[s.kind].max_change,
-                        "tolerance": self.proofs[s.kind].tolerance,
-                    },
+                    "proof": {"status": proof.status, "max_change": proof.max_change, "tolerance": proof.tolerance},
                 }
-                for s in (*self.found, *self.approximate)
+                for s, proof in every
             ],
             "rejected": [list(pair) for pair in self.rejected],
         }
@@ -124,7 +123,7 @@ def find_symmetries(
         TypeError: `example_input` is none of these.
         ValueError: `example_input` is empty, the model fails on it, or an unknown kind or mode.
 
-    Cost: three forward passes, and one in float64 for each kind (for each site as well, where a proof fails, and for each
+    Cost: two forward passes, and one in float64 for each kind (for each site as well, where a proof fails, and for each
     false friend).
 
     Example:
@@ -142,17 +141,13 @@ def find_symmetries(
     _check(example_input)
     hinted = tuple(hints)
     try:
-        tape = _read(model, example_input, mode)
+        network = Network(_read(model, example_input, mode))
+        prover = _prover(model, example_input, mode)
     except UntraceableError as error:
         return SymmetrySearch((), (("model", str(error)),))
-    network = Network(tape, mode)
     rejected = list(_not_analysed(network))
-    try:
-        prover = Prover(model, example_input, mode)
-    except ValueError as error:
-        return SymmetrySearch((), (("model", str(error)),))
-    found: dict[tuple[str, bool], Symmetry] = {}
-    proofs: dict[str, Proof] = {}
+    found: dict[bool, dict[str, Symmetry]] = {True: {}, False: {}}  # by whether they are exact
+    proofs: dict[bool, dict[str, Proof]] = {True: {}, False: {}}
     chosen = [finder for finder in FINDERS if wanted & set(finder.kinds)]
     for findings in (*(_findings(finder, network) for finder in chosen), Findings(hinted)):
         rejected.extend(findings.rejected)
@@ -161,18 +156,17 @@ def find_symmetries(
                 kept, proof, failures = _proved(prover, symmetry)
                 rejected.extend(failures)
                 if kept is not None and proof is not None:
-                    key = (symmetry.kind, symmetry.exact)
-                    found[key] = _joined(found.get(key), kept)
-                    proofs[symmetry.kind] = proof
+                    same, theirs = found[kept.exact], proofs[kept.exact]
+                    same[kept.kind] = _joined(same.get(kept.kind), kept)
+                    theirs[kept.kind] = max(proof, theirs.get(kept.kind, proof), key=lambda p: p.max_change)
         rejected.extend(_refuted(prover, friend) for friend in findings.false_friends if friend.symmetry.kind in wanted)
-    order = list(dict.fromkeys([*KINDS, *(kind for kind, _ in found)]))
-    ordered = sorted(found.values(), key=lambda symmetry: order.index(symmetry.kind))
     return SymmetrySearch(
-        tuple(s for s in ordered if s.exact),
-        tuple(dict.fromkeys(rejected)),
-        tuple(s for s in ordered if not s.exact),
-        {s.kind: proofs[s.kind] for s in ordered},
+        _in_order(found[True]), tuple(dict.fromkeys(rejected)), proofs[True], _in_order(found[False]), proofs[False]
     )
+
+
+def _in_order(found: Mapping[str, Symmetry]) -> tuple[Symmetry, ...]:
+    return tuple(found[kind] for kind in dict.fromkeys([*KINDS, *found]) if kind in found)
 
 
 def _findings(finder: Finder, network: Network) -> Findings:
@@ -220,6 +214,15 @@ def _read(model: nn.Module, example: Any, mode: str) -> Tape:
     return record(model, example, mode)
 
 
+def _prover(model: nn.Module, example: Any, mode: str) -> Prover:
+    try:
+        return Prover(model, example, mode)
+    except ValueError as error:
+        raise UntraceableError(str(error)) from error
+    except Exception as error:  # on the whole example, or on its own device
+        raise UntraceableError(f"{type(model).__name__} cannot be run in float64: {reason(error)}") from error
+
+
 def _not_analysed(network: Network) -> Iterable[tuple[str, str]]:
     """Code that decides by values, parameters in operations that are not known, and parameters that were not used."""
     for branch in network.tape.branches:
@@ -229,7 +232,6 @@ def _not_analysed(network: Network) -> Iterable[tuple[str, str]]:
             yield where, f"{line}: only the insides of its parts were analysed, and nothing that passes between them"
         elif branch.depends & CHOICE:
             yield where, f"`{branch.line}` depends on integer inputs: analysed for inputs like the example"
-
     yield from network.flow.unread
     for name in network.flow.parameters.numbers:
         if not network.times_used(name) and name not in dict(network.flow.unread):

@@ -124,13 +124,21 @@ def slices(name: str, shape: tuple[int, ...], unit: Tensor, units: int) -> Slice
     Raises:
         ValueError: the units have different numbers of entries, so that one cannot take the place of another.
     """
-    flat = unit.expand(shape).reshape(-1)
+    unit = unit.reshape((1,) * (len(shape) - unit.ndim) + tuple(unit.shape))
+    varying = [axis for axis, size in enumerate(unit.shape) if size > 1]
+    axis = varying[0] if len(varying) == 1 else None
+    flat = (unit if axis is not None else unit.expand(shape)).reshape(-1)
     counts = torch.bincount(flat[flat >= 0], minlength=units)
     if not bool(counts.any()):
         return None
     if not bool((counts == counts[0]).all()):
         raise ValueError(f"its units have different shares of '{name}'")
-    return Slices(name, shape, torch.argsort(flat, stable=True)[-int(counts.sum()) :].reshape(units, -1))
+    order = torch.argsort(flat, stable=True)[-int(counts.sum()) :]
+    if axis is not None:  # whole rows or columns: no need to sort their elements
+        places = torch.arange(math.prod(shape)).reshape(shape).movedim(axis, 0).reshape(shape[axis], -1)
+        positions = places[order].reshape(units, -1)
+        return Slices(name, shape, positions if int(counts[0]) == 1 else positions.sort(1).values)
+    return Slices(name, shape, order.reshape(units, -1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .actions import Action, Shift
 from .base import Findings, Site, Symmetry
+from .groups import Group, TiedError
 from .network import Network
 from .permutations import running_statistics
-from .scales import Group, TiedError
 from .sites import Slices, normal
 
 _ALONE = frozenset({"write", "read", "elementwise", "batch-norm"})
