@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from flatminima import MEASURES, Measurement, MeasureOptions, measure
-from flatminima.curvature import dense
 from flatminima.measures.invariance import MARKS, SIGNED_PERMUTATIONS
 from flatminima.measures.logit_normalised import logit_normalised
 from flatminima.symmetries import KINDS, find_symmetries
@@ -139,7 +138,7 @@ def test_nothing_is_left_open_that_the_networks_can_tell() -> None:
 
 #: Small radii, where the means are the second-order ones, which are known exactly.
 SMALL = MeasureOptions(
-    rtol=1e-10, max_probes=400, ascent_starts=1, micro_batch=4, radius=0.01, adaptive_rho=0.01, loss_rise=1e-4,
+    rtol=1e-10, max_probes=400, ascent_starts=1, micro_batch=4, radius=0.01, adaptive_rho=0.01, loss_rise=1e-7,
     localization=20.0, chains=2, burn_in=80, chain_draws=250, directions=48,
 )  # fmt: skip
 COUNTED = ("positive_eigenvalues", "negative_eigenvalues", "hutchinson_trace", "m_sharpness")
@@ -174,7 +173,7 @@ def expected(name: str, net: str, kind: str = "", seed: int = 0) -> float:
     f = objective(net, model)
     if name.startswith("logit_normalised"):
         f = logit_normalised(f)
-    hessian, w = dense(f), f.point()
+    hessian, w = f.hvp(torch.eye(f.n, dtype=torch.float64)), f.point()
     if name == "local_learning_coefficient":
         h = torch.linalg.eigvalsh(hessian).clamp(min=0) * f.rows / math.log(f.rows)
         return float((h / (h + SMALL.localization)).sum()) / 2
@@ -195,7 +194,7 @@ def test_sampled_measures_have_their_second_order_means_and_keep_their_ticks(nam
     for net in NETS:
         base = one(name, net, build(net))
         if name != "local_learning_coefficient":  # whose chains leave the quadratic
-            assert abs(base.value - expected(name, net)) <= 4 * float(base.error or 0) + 0.02 * abs(base.value), net
+            assert abs(base.value - expected(name, net)) <= 5 * float(base.error or 0) + 0.02 * abs(base.value), net
         for kind in sorted(MEASURES[name].invariant_under):
             model = members(net).get(kind)
             if model is not None:
