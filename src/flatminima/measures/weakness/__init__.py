@@ -1,0 +1,3 @@
+"""Weakness."""
+from flatminima.measures.weakness.tasks import Task
+from flatminima.measures.weakness.vocabulary import FiniteVocabulary, VocabularyError
