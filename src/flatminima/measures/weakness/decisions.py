@@ -104,6 +104,12 @@ class Decider:
         return self._simplex
 
     @property
+    def centre(self) -> FloatArray:
+        """Search weights well inside the version space: its analytic centre, or what was found first."""
+        interior = self._interior
+        return self.start if interior is None or interior.weights is None else interior.weights
+
+    @property
     def cost(self) -> dict[str, int]:
         """Work so far, in steps of each kind; the same on every run."""
         return {
