@@ -220,7 +220,7 @@ def test_what_is_no_statement_task_or_distribution() -> None:
     task = Task(v, [["B"]], [["A", "B"]])
     with pytest.raises(VocabularyError, match=r"policy \{C\} is not correct"):
         task.survival_probability("C")
-    with pytest.raises(VocabularyError, match="sum of 0.5"):
+    with pytest.raises(VocabularyError, match=r"sum of 0\.5"):
         task.survival_probability("A", [0.5])
     with pytest.raises(VocabularyError, match=r"outside 0, \.\.\., 6"):
         task.survival_probability("A", {7: 1.0})

@@ -1,9 +1,10 @@
 r"""What random completions say about the probes: label frequencies, their entropy, and how many labelings were met.
 
-A completion is drawn uniformly from the directions of the version space (:mod:`.cone`). Everything counted from a sample is bounded from
-one side only, and said to be: a labeling that was not met may exist, so the number of distinct labelings and Chao's estimate from it
-are *lower* bounds of the number of labelings (Chao, 1984, in expectation), and the plug-in entropy of whole labelings is a lower bound of
-theirs, which the sum of the entropies of single probes bounds from above.
+A completion is drawn uniformly from the directions of the version space (:mod:`.cone`). Everything counted from a
+sample is bounded from one side only, and said to be: a labeling that was not met may exist, so the number of distinct
+labelings and Chao's estimate from it are *lower* bounds of the number of labelings (Chao, 1984, in expectation), and
+the plug-in entropy of whole labelings is a lower bound of theirs, which the sum of the entropies of single probes
+bounds from above.
 """
 
 from __future__ import annotations
@@ -97,9 +98,9 @@ def sample_completions(
 
     Example:
         >>> found = sample_completions([[-1.0], [1.0]], [0, 1], [[0.0], [3.0]], seed=0)
-        >>> found.frequencies[1].tolist(), found.entropies[1] == 0, found.distinct        # beyond 1 there is no choice
-        ([0.0, 1.0], True, 2)
-        >>> 0.4 < found.frequencies[0, 0] < 0.6
+        >>> found.frequencies[1].tolist(), float(found.entropies[1]), found.distinct        # beyond 1 there is no choice
+        ([0.0, 1.0], 0.0, 2)
+        >>> bool(0.4 < found.frequencies[0, 0] < 0.6)
         True
     """
     if chains < 4 or draws < 4:
@@ -193,5 +194,5 @@ def _frequencies(winner: IntArray, classes: int) -> FloatArray:
 
 def _entropy(frequencies: FloatArray) -> FloatArray:
     positive = np.where(frequencies > 0, frequencies, 1.0)
-    entropy: FloatArray = -(positive * np.log(positive)).sum(-1)
+    entropy: FloatArray = (positive * -np.log(positive)).sum(-1)
     return entropy

@@ -1,15 +1,16 @@
-r"""Random completions: uniform points of the version space inside the unit ball, by hit-and-run that is reflected at the walls.
+r"""Random completions: uniform points of the version space in the unit ball, by hit-and-run reflected at the walls.
 
-The version space is a cone, so what a completion says depends on the direction of its weights only. Directions are isotropic in the
-coordinates in which training points and probes together have mean 0 and covariance 1, the same for every affine image of the features, and
-in the K - 1 dimensions in which the scores of the classes differ.
+The version space is a cone, so what a completion says depends on the direction of its weights only. Directions are
+isotropic in the coordinates in which training points and probes together have mean 0 and covariance 1, the same for
+every affine image of the features, and in the K - 1 dimensions in which the scores of the classes differ.
 
-Plain hit-and-run needs about dimension^2 steps for one independent point: 180,000 steps in the 81 dimensions of a small MNIST network are
-worth 13. Reflecting the line at the walls instead of ending there (the billiard walk of Gryazina and Polyak, "Random sampling: billiard
-walk algorithm", 2014) makes each path worth about one. A path has a random direction and a fixed length; the billiard preserves
-the uniform distribution for any metric in which directions are drawn and reflected, so the metric is that of the shape of
-the version space. A path that is reflected too often is given up and its start counts again, which preserves it too.
-"""  # noqa: E501
+Plain hit-and-run needs about dimension^2 steps for one independent point: 180,000 steps in the 81 dimensions of a small
+MNIST network are worth 13. Reflecting the line at the walls instead of ending there (the billiard walk of Gryazina and
+Polyak, "Random sampling: billiard walk algorithm", 2014) makes each path worth about one. A path has a random direction
+and a fixed length; the billiard preserves the uniform distribution for any metric in which directions are drawn and
+reflected, so the metric is that of the shape of the version space. A path that is reflected too often is given up and
+its start counts again, which preserves it too.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ _FLOOR = 1e-300
 
 
 class Cone:
-    r"""Points u of the unit ball with :math:`(w_{y_i} - w_c) \cdot x_i \ge -\text{level}`, for w the weights that u stands for.
+    r"""Points u of the unit ball whose weights w have :math:`(w_{y_i} - w_c) \cdot x_i \ge -\text{level}`.
 
     The training points are scaled so that a margin of a random direction u has the variance of one coordinate of u.
 
@@ -67,7 +68,7 @@ class Cone:
         return out
 
     def barrier_shape(self, u: FloatArray) -> FloatArray:
-        """Shape of the version space around an inner point: the inverse Hessian of the barrier of its walls, ``(size, size)``."""
+        """Shape of the version space around an inner point: the inverse Hessian of its barrier, ``(size, size)``."""
         margins = self.margins(u[None])[0].ravel()
         walls = np.flatnonzero(np.isfinite(margins))
         normals = self.normals(walls) / margins[walls][:, None]

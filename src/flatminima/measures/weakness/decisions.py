@@ -9,17 +9,18 @@ From cheap to dear, each step leaving fewer pairs to the next:
 5. more Newton steps;
 6. a linear program (:mod:`.simplex`), and where its answer cannot be proved, a second opinion (:mod:`.margin`).
 
-What a step finds is a candidate. It becomes a decision when :mod:`.proofs` has checked it; what cannot be proved stays undecided,
-with the reason.
+What a step finds is a candidate. It becomes a decision when :mod:`.proofs` has checked it; what cannot be proved stays
+undecided, with the reason.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from flatminima.measures.weakness.dominance import Domination
 from flatminima.measures.weakness.features import FloatArray, IntArray
@@ -48,7 +49,13 @@ _LARGE = 4000
 
 def one_thread() -> AbstractContextManager[object]:
     """One thread for the matrices of this package: they are small, and threads only wait for each other."""
-    return threadpool_limits(limits=1, user_api="blas")
+    context: AbstractContextManager[object] = _controller().limit(limits=1, user_api="blas")
+    return context
+
+
+@cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through the libraries of the process, which takes longer than a small problem
 
 
 @dataclass(eq=False)
@@ -205,7 +212,9 @@ class _Block:
         self.decisions = Decisions(np.full(shape, UNDECIDED), np.full(shape, -1))
         self.candidate = np.full(shape, -1)  # index into self.visited
         self.visited: list[FloatArray] = []
-        self.beaten = np.zeros((*shape, problem.classes), dtype=bool)  # [j, k, c]: c was above k at j in some completion
+        self.beaten = np.zeros(
+            (*shape, problem.classes), dtype=bool
+        )  # [j, k, c]: c was above k at j in some completion
         self.states: dict[tuple[int, int], FloatArray] = {}
         self._each = np.arange(len(probes))
 

@@ -1,7 +1,7 @@
 """Did several chains sample the same thing, and how many independent draws are theirs worth?
 
-After Vehtari, Gelman, Simpson, Carpenter and Bürkner, "Rank-normalization, folding, and localization: an improved R-hat for assessing
-convergence of MCMC", Bayesian Analysis 16 (2021).
+After Vehtari, Gelman, Simpson, Carpenter and Bürkner, "Rank-normalization, folding, and localization: an improved R-hat
+for assessing convergence of MCMC", Bayesian Analysis 16 (2021).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from flatminima.measures.weakness.features import FloatArray
 def split_rhat(draws: FloatArray) -> FloatArray:
     r"""Rank-normalised split R-hat of each quantity.
 
-    The square root of the ratio of the variance of all half chains together to that within them, after every value has been
-    replaced by the normal quantile of its rank. About 1 where the chains agree; above 1.01 they do not yet.
+    The square root of the ratio of the variance of all half chains together to that within them, after every value has
+    been replaced by the normal quantile of its rank. About 1 where the chains agree; above 1.01 they do not yet.
 
     Args:
         draws: ``(chains, draws, quantities)``, at least four draws a chain.
@@ -38,8 +38,8 @@ def split_rhat(draws: FloatArray) -> FloatArray:
 def effective_sample_size(draws: FloatArray) -> FloatArray:
     r"""Effective number of independent draws for the mean of each quantity (bulk ESS).
 
-    :math:`N / (1 + 2 \sum_t \rho_t)` with the autocorrelations of all half chains together, summed in pairs as long as the
-    pairs are positive and made monotone (Geyer, 1992).
+    :math:`N / (1 + 2 \sum_t \rho_t)` with the autocorrelations of all half chains together, summed in pairs as long as
+    the pairs are positive and made monotone (Geyer, 1992).
 
     Args:
         draws: ``(chains, draws, quantities)``, at least four draws a chain.

@@ -1,23 +1,23 @@
 r"""Classes that a single rival excludes: a theorem that decides most infeasible pairs without a linear program.
 
-**Theorem (domination).** Let :math:`\tilde x = (x, 1)`, and let the features of class k's training points be :math:`x_i` (i in k). If
-weights :math:`\alpha, \gamma \ge 0` exist with
+**Theorem (domination).** Let :math:`\tilde x = (x, 1)`, and let the features of class k's training points be
+:math:`x_i` (i in k). If weights :math:`\alpha, \gamma \ge 0` exist with
 
 .. math:: \tilde x = \sum_{i \in k} \alpha_i \tilde x_i \;-\; \sum_{j \in c} \gamma_j \tilde x_j ,
 
 then class k scores higher than class c at x in every completion of the training labels, so c cannot win there.
 
-*Proof.* In a completion :math:`f = w_k - w_c` is positive at the points of class k and negative at those of class c, and linear in
-:math:`\tilde x`. Hence :math:`f \cdot \tilde x = \sum \alpha_i f \cdot \tilde x_i - \sum \gamma_j f \cdot \tilde x_j > 0`, since not all
-weights are zero (the last coordinate of :math:`\tilde x` is 1). ∎
+*Proof.* In a completion :math:`f = w_k - w_c` is positive at the points of class k and negative at those of class c,
+and linear in :math:`\tilde x`. Hence :math:`f \cdot \tilde x = \sum \alpha_i f \cdot \tilde x_i - \sum \gamma_j f \cdot
+\tilde x_j > 0`, since not all weights are zero (the last coordinate of :math:`\tilde x` is 1). ∎
 
 **Corollary (convex hull).** A probe in the convex hull of the training points of one class can only get that class
 (:math:`\gamma = 0` for every c).
 
-**Converse for two classes.** If x is not of that form, some f is positive on class k, negative on class c and not positive at x (Farkas);
-moved slightly towards any strict separator it is negative at x. So for K = 2 the theorem is the whole truth. For more classes it is
-not: c can be excluded because one of several rivals always beats it. Those cases, 1 in 20 on small networks, are left to
-:mod:`.simplex`.
+**Converse for two classes.** If x is not of that form, some f is positive on class k, negative on class c and not
+positive at x (Farkas); moved slightly towards any strict separator it is negative at x. So for K = 2 the theorem is the
+whole truth. For more classes it is not: c can be excluded because one of several rivals always beats it. Those cases,
+one in twenty on small networks, are left to :mod:`.simplex`.
 
 Whether such weights exist is a non-negative least-squares problem in as many equations as there are coordinates.
 """

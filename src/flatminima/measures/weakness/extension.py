@@ -1,13 +1,14 @@
 r"""The exact weakness of the training-label policy on a few probes, by going through all labelings.
 
-In the feature-classifier vocabulary a statement that completes the training policy adds classes to some of the probes. So
+In the feature-classifier vocabulary a statement that completes the training policy adds classes to some probes. So
 
-.. math:: |\mathrm{Ext}(\pi)| = \sum_{A \subseteq \text{probes}} \#\{\text{restrictions to } A \text{ of labelings of all probes that are feasible}\},
+.. math:: |\mathrm{Ext}(\pi)| = \sum_{A \subseteq \text{probes}} \#\{\text{restrictions to } A
+    \text{ of feasible labelings of all probes}\},
 
-where a labeling is feasible if one linear layer gives every training point its label and every probe its class. The labelings are
-found depth first, one probe after the other; each node is a version space with the probes labelled so far as training points, and
-each decision is proved as in :func:`flatminima.measures.weakness.pair_proxy`.
-"""  # noqa: E501
+where a labeling is feasible if one linear layer gives every training point its label and every probe its class. The
+labelings are found depth first, one probe after the other; each node is a version space with the probes labelled so far
+as training points, and each decision is proved as in :func:`flatminima.measures.weakness.pair_proxy`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Extension:
         size: ``|Ext|``, an exact integer; 0 where the training labels contradict each other.
         labelings: the feasible labelings of all probes, ``(count, m)``, in lexicographic order.
         extensions: number of classes possible at each probe, ``(m,)``.
-        undecided: decisions that could not be proved; labelings behind them are not counted, and ``size`` is then a lower bound.
+        undecided: decisions that could not be proved; labelings behind them are not counted, and ``size`` is then a
+            lower bound.
         decisions: pairs (partial labeling, class) decided.
     """
 
@@ -122,7 +124,7 @@ class _Walk:
 
 
 def _statements(labelings: IntArray) -> int:
-    """Distinct restrictions to every subset of the probes, added up; the empty one counts once if there is any labeling."""
+    """Distinct restrictions to every subset of the probes, added up; to the empty subset there is one."""
     count, m = labelings.shape
     if not count:
         return 0

@@ -27,9 +27,9 @@ class FeatureError(ValueError):
 def features(model: nn.Module, x: Any, layer: str | None = None, *, batch_size: int = 1024) -> Tensor:
     r"""The input of a layer, :math:`\phi(x)`, for every row of x, computed in double precision.
 
-    A feature-classifier vocabulary freezes everything before a linear layer and asks what that layer could still say. By
-    default it is the last ``nn.Linear`` that the forward pass calls. The model is only read: a copy in eval mode is cast
-    to float64 and run without gradients.
+    A feature-classifier vocabulary freezes everything before a linear layer and asks what that layer could still say.
+    By default it is the last ``nn.Linear`` that the forward pass calls. The model is only read: a copy in eval mode is
+    cast to float64 and run without gradients.
 
     Args:
         model: any module; called as ``model(x)``, ``model(*x)`` for a tuple, ``model(**x)`` for a dictionary.
@@ -41,8 +41,8 @@ def features(model: nn.Module, x: Any, layer: str | None = None, *, batch_size: 
         Float64 on the CPU, ``(rows, units)``. The input of a named layer that is not linear is flattened to that shape.
 
     Raises:
-        FeatureError: no linear layer, an unknown one, one that the forward pass does not call or calls more than once, a
-            linear layer that reads more than one vector a row, or NaN or infinity among the features.
+        FeatureError: no linear layer, an unknown one, one that the forward pass does not call or calls more than once,
+            a linear layer that reads more than one vector a row, or NaN or infinity among the features.
 
     Cost: one forward pass in float64.
 
@@ -67,7 +67,9 @@ def features(model: nn.Module, x: Any, layer: str | None = None, *, batch_size: 
     }
     if not watched:
         kinds = ", ".join(sorted({type(module).__name__ for module in modules.values()}))
-        raise FeatureError(f"the model has no nn.Linear, only {kinds}: pass layer=, the module whose input are the features")
+        raise FeatureError(
+            f"the model has no nn.Linear, only {kinds}: pass layer=, the module whose input are the features"
+        )
     calls: list[tuple[str, Tensor]] = []
     for name, module in watched.items():
         module.register_forward_pre_hook(_recorder(name, calls), with_kwargs=True)
@@ -105,7 +107,9 @@ def _taken(calls: Sequence[tuple[str, Tensor]], layer: str | None, modules: Mapp
     name, value = calls[-1]
     times = sum(called == name for called, _ in calls)
     if times > 1:
-        raise FeatureError(f"layer {name!r} is called {times} times in one forward pass: its input is not one vector a row")
+        raise FeatureError(
+            f"layer {name!r} is called {times} times in one forward pass: its input is not one vector a row"
+        )
     if isinstance(modules[name], nn.Linear) and value.ndim != 2:
         raise FeatureError(
             f"layer {name!r} reads a tensor of shape {tuple(value.shape)}: expected (rows, units), one vector a row; pass "
@@ -121,7 +125,9 @@ def _batches(x: Any, size: int, device: torch.device) -> Any:
 
     tensors = list(x.values()) if isinstance(x, Mapping) else list(x) if isinstance(x, tuple) else [x]
     if not tensors or not all(isinstance(t, Tensor) and t.ndim > 0 for t in tensors):
-        raise FeatureError(f"inputs must be a tensor, or a tuple or dictionary of tensors, rows first; got {type(x).__name__}")
+        raise FeatureError(
+            f"inputs must be a tensor, or a tuple or dictionary of tensors, rows first; got {type(x).__name__}"
+        )
     rows = len(tensors[0])
     if rows == 0 or any(len(t) != rows for t in tensors):
         raise FeatureError(f"inputs must have the same number of rows, at least one; got {[len(t) for t in tensors]}")

@@ -1,9 +1,10 @@
-"""Coordinates of feature space: an exact frame in which proofs are checked, and a whitened one in which they are searched.
+"""Coordinates of feature space: an exact frame in which proofs are checked, a whitened one in which they are sought.
 
-Which classes a linear layer can still give to a probe does not change under invertible affine maps of feature space, because its
-biases absorb translations and its weights the rest. So a search may take place in any coordinates; a proof must not depend on
-the rounding of the map. The *frame* therefore only subtracts one number and divides by one power of two per unit: every
-coordinate it computes has a relative error of at most one rounding, which the bounds of :mod:`.proofs` include.
+Which classes a linear layer can still give to a probe does not change under invertible affine maps of feature space,
+because its biases absorb translations and its weights the rest. So a search may take place in any coordinates; a proof
+must not depend on the rounding of the map. The *frame* therefore only subtracts one number and divides by one power of
+two per unit: every coordinate it computes has a relative error of at most one rounding, which the bounds of
+:mod:`.proofs` include.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class FeatureProblem:
         size = np.maximum(np.abs(low), np.abs(high))
         if size.max(initial=0.0) > _LARGEST:
             raise FeatureError(
-                f"unit {size.argmax()} reaches {size.max():.3g}: features beyond {_LARGEST:g} overflow; divide them by a constant"
+                f"unit {size.argmax()} reaches {size.max():.3g}: features beyond {_LARGEST:g} overflow, divide them"
             )
         units = np.flatnonzero(high > low)
         mean, spread = both[:, units].mean(0), (high - low)[units]
@@ -114,7 +115,7 @@ class FeatureProblem:
         return int(self.turn.shape[1])
 
     def whiten(self, z: FloatArray) -> FloatArray:
-        """Frame coordinates to search coordinates: mean 0 and covariance 1 over training points and probes, and a constant 1."""
+        """Frame to search coordinates: mean 0, covariance 1 over training points and probes, and a constant 1."""
         return np.concatenate([(z[:, :-1] - self.centre) @ self.turn, np.ones((len(z), 1))], axis=1)
 
     def to_frame(self, weights: FloatArray) -> FloatArray:

@@ -4,17 +4,20 @@ All weights under which every training point has its label form an open convex c
 
 .. math:: V = \{ w : M_{ic}(w) = (w_{y_i} - w_c) \cdot x_i > 0 \;\; \forall i, c \ne y_i \}.
 
-To find a member that also has :math:`(w_c - w_k) \cdot x > 0` for all k, the search starts at the analytic centre of V (the minimum of
-:math:`-\sum \log M_{ic} + \frac{\rho}{2}\|w\|^2`) and takes Newton steps of this barrier under the condition that the margins at the
-probe become positive, each shortened to stay inside V. Every point it visits is a completion, and is looked at from all probes, so
-one search often decides several.
+To find a member that also has :math:`(w_c - w_k) \cdot x > 0` for all k, the search starts at the analytic centre of V
+(the minimum of :math:`-\sum \log M_{ic} + \frac{\rho}{2}\|w\|^2`) and takes Newton steps of this barrier under the
+condition that the margins at the probe become positive, each shortened to stay inside V. Every point it visits is a
+completion, and is looked at from all probes, so one search often decides several.
 
-One step costs one Hessian of size (K-1)(r+1), assembled from sums over the points of each class, and its Cholesky factor; the first
-step of every search shares the factor of the centre. Three or four steps are typical, where a dual simplex takes dozens of pivots.
-Nothing here has to be trusted: what is found is a candidate, and :mod:`.proofs` decides.
+One step costs one Hessian of size (K-1)(r+1), assembled from sums over the points of each class, and its Cholesky
+factor; the first step of every search shares the factor of the centre. Three or four steps are typical, where a dual
+simplex takes dozens of pivots. Nothing here has to be trusted: what is found is a candidate, and :mod:`.proofs`
+decides.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 from scipy.linalg.lapack import dposv, dpotrf, dpotrs
@@ -43,7 +46,7 @@ class Interior:
         self.n, self.dim = points.shape
         self.rows = np.arange(self.n)
         starts = np.searchsorted(self.y, np.arange(classes + 1))
-        self.slices = [(k, slice(a, b)) for k, (a, b) in enumerate(zip(starts[:-1], starts[1:], strict=True)) if b > a]
+        self.slices = [(k, slice(a, b)) for k, (a, b) in enumerate(pairwise(starts)) if b > a]
         self.size = (classes - 1) * self.dim  # the last class is fixed at zero: scores matter up to a common shift
         self.count = self.n * (classes - 1)
         self._others = [np.delete(np.arange(classes), k) for k in range(classes)]
@@ -86,7 +89,8 @@ class Interior:
     def first_steps(self, probes: FloatArray) -> FloatArray:
         """The Newton responses of the centre to every probe, ``(m, size, K-1)``, by one solve for :meth:`search`."""
         solved = dpotrs(self._chol, self._raise(probes))[0]
-        return solved.reshape(self.size, len(probes), self.classes - 1).transpose(1, 0, 2)
+        responses: FloatArray = solved.reshape(self.size, len(probes), self.classes - 1).transpose(1, 0, 2)
+        return responses
 
     def search(
         self, probe: FloatArray, target: int, first: FloatArray, state: FloatArray | None, steps: int
@@ -104,7 +108,8 @@ class Interior:
             The members of V that were visited, ``(K, D)`` each, and whether the last one has the target winning.
         """
         assert self.weights is not None
-        w, visited = self.weights if state is None else state, []
+        w = self.weights if state is None else state
+        visited: list[FloatArray] = []
         for step in range(steps):
             if step == 0 and state is None:
                 margins, pull, response = self._margins, self._pull, first
@@ -138,8 +143,8 @@ class Interior:
     ) -> FloatArray:
         """Minimum of the barrier's quadratic model under margins at the probe of at least the target's.
 
-        With H the Hessian and G the rows :math:`(e_c - e_k) \\otimes x`, the step is :math:`d = -H^{-1} g + H^{-1} G^T a`, where
-        :math:`a \\ge 0` minimises :math:`a^T (G H^{-1} G^T) a / 2 - a^T (need)`.
+        With H the Hessian and G the rows :math:`(e_c - e_k) \\otimes x`, the step is :math:`d = -H^{-1} g + H^{-1} G^T
+        a`, where :math:`a \\ge 0` minimises :math:`a^T (G H^{-1} G^T) a / 2 - a^T (need)`.
         """
         k = self.classes
         gram = np.zeros((k, k))  # x' H^-1 x between classes; zero for the class that is fixed

@@ -1,7 +1,7 @@
 r"""Leverage: how far probes lie from the training features, in the metric of those features.
 
-A smooth rival of the pair proxy, not a substitute for it: it follows the pair proxy (rank correlation about 0.5 to 0.7 in a pilot over
-trained networks) and knows neither labels nor classes.
+A smooth rival of the pair proxy, not a substitute for it: it follows the pair proxy (rank correlation about 0.5 to 0.7
+in a pilot over trained networks) and knows neither labels nor classes.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ class Leverage:
 
 
 def leverage(train: ArrayLike, probes: ArrayLike) -> Leverage:
-    r""":math:`W = \sum_x \log(1 + h(x))` with :math:`h(x) = [\phi(x), 1]\,(F^\top F)^{+}\,[\phi(x), 1]^\top`, :math:`F = [\phi_{train}, 1]`.
+    r""":math:`W = \sum_x \log(1 + h(x))` over the probes, with their leverages
 
-    Unchanged by invertible affine maps of feature space, as long as the training features span it. Computed from the singular
-    values of the centred features (h = 1/n + squared Mahalanobis distance / n), which keeps the condition number instead of
-    squaring it.
+    .. math:: h(x) = [\phi(x), 1]\,(F^\top F)^{+}\,[\phi(x), 1]^\top, \qquad F = [\phi_{train}, 1].
+
+    Unchanged by invertible affine maps of feature space, as long as the training features span it. Computed from the
+    singular values of the centred features (h = 1/n + squared Mahalanobis distance / n), which keeps the condition
+    number instead of squaring it.
 
     Args:
         train: features of the training inputs, ``(n, d)``.
@@ -52,9 +54,9 @@ def leverage(train: ArrayLike, probes: ArrayLike) -> Leverage:
 
     Example:
         >>> found = leverage([[-1.0], [1.0]], [[0.0], [1.0], [3.0]])        # h = 1/2 + x^2/2
-        >>> found.values.tolist(), found.rank
+        >>> found.values.round(12).tolist(), found.rank
         ([0.5, 1.0, 5.0], 2)
-    """  # noqa: E501
+    """
     given, asked = matrix(train, "training features"), matrix(probes, "probe features")
     if given.shape[1] != asked.shape[1]:
         raise FeatureError(f"training features have {given.shape[1]} units, probes {asked.shape[1]}: expected the same")

@@ -1,12 +1,13 @@
-r"""A second opinion where the linear program gives no answer that can be proved: the point of a convex hull nearest to the origin.
+r"""A second opinion, where the linear program gives no answer that can be proved: the nearest point of a convex hull.
 
-Let a_s be the inequalities, scaled to unit length, and :math:`r = \sum_s \lambda_s a_s` the point of their convex hull that is nearest to
-the origin (Wolfe, "Finding the nearest point in a polytope", 1976). If r is not zero, then :math:`a_s \cdot r \ge \|r\|^2 > 0` for all s,
-so r is a witness, the one of maximal margin. If r is zero, :math:`\lambda` is a certificate. Points in special position, on which a
-simplex method can end without a verdict, are no difficulty for it.
+Let a_s be the inequalities, scaled to unit length, and :math:`r = \sum_s \lambda_s a_s` the point of their convex hull
+that is nearest to the origin (Wolfe, "Finding the nearest point in a polytope", 1976). If r is not zero, then
+:math:`a_s \cdot r \ge \|r\|^2 > 0` for all s, so r is a witness, the one of maximal margin. If r is zero,
+:math:`\lambda` is a certificate. Points in special position, on which a simplex method can end without a verdict, are
+no difficulty for it.
 
-It is a non-negative least-squares problem, min :math:`\|\sum_s \lambda_s a_s\|^2 + (\sum_s \lambda_s - 1)^2`, whose solution is a multiple
-of that point. Training rows enter when they are violated.
+It is a non-negative least-squares problem, min :math:`\|\sum_s \lambda_s a_s\|^2 + (\sum_s \lambda_s - 1)^2`, whose
+solution is a multiple of that point. Training rows enter when they are violated.
 """
 
 from __future__ import annotations

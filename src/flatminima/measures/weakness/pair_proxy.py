@@ -2,16 +2,17 @@ r"""The pair proxy: how many (probe, class) pairs a linear layer on frozen featu
 
 Given frozen features :math:`\phi`, n training points with labels and m probes, let
 
-.. math:: \mathrm{ext}(x_j) = |\{ c : \exists\, W, b \text{ that classify all training points correctly and give } x_j \text{ class } c \}|,
+.. math:: \mathrm{ext}(x_j) = |\{ c : \exists\, W, b \text{ that give every training point its label and } x_j
+    \text{ class } c \}|,
 
-with strict inequalities throughout. The pair proxy is :math:`PP = \sum_j \mathrm{ext}(x_j)`. It is bounded by, and bounds, the
-weakness of the training-label policy in the feature-classifier vocabulary:
+with strict inequalities throughout. The pair proxy is :math:`PP = \sum_j \mathrm{ext}(x_j)`. It is bounded by, and
+bounds, the weakness of the training-label policy in the feature-classifier vocabulary:
 
 .. math:: 1 + PP \le |\mathrm{Ext}(\pi)| \le \prod_j (1 + \mathrm{ext}(x_j)).
 
-It measures the *features* (how large a version space they leave to a last layer), not the trained last layer, which it ignores, and
-not the function: two networks that agree on every input can differ in it.
-"""  # noqa: E501
+It measures the *features* (how large a version space they leave to a last layer), not the trained last layer, which it
+ignores, and not the function: two networks that agree on every input can differ in it.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ from flatminima.measures.weakness.frame import FeatureProblem
 from flatminima.measures.weakness.proofs import Certificate
 from flatminima.measures.weakness.verification import Verification, verify
 
-# Probes decided together. Each completion is looked at from all of them, so a longer block shares more and compares more; a fixed
-# length keeps the cost linear in the number of probes.
+# Probes decided together. Each completion is looked at from all of them, so a longer block shares more and compares
+# more; a fixed length keeps the cost linear in the number of probes.
 _BLOCK = 128
 
 
@@ -39,13 +40,13 @@ class PairProxy:
     Attributes:
         value: pairs proved feasible, the pair proxy; a lower bound while ``undecided`` is not empty.
         feasible: ``(m, K)``: 1 feasible, 0 infeasible, -1 undecided.
-        training_feasible: whether a last layer can give every training point its label. If not, ``value`` is 0 and ``conflict``
-            says why; ``None``: undecided, and so is every pair.
+        training_feasible: whether a last layer can give every training point its label. If not, ``value`` is 0 and
+            ``conflict`` says why; ``None``: undecided, and so is every pair.
         conflict: certificate over training rows alone.
         undecided: (probe, class) -> reason.
         true_feasible: probes whose true class is feasible; ``None`` without probe labels.
-        witnesses: weights ``(K, r + 1)`` on the coordinates of ``problem.frame``, bias last; each gives every training point its
-            label, strictly.
+        witnesses: weights ``(K, r + 1)`` on the coordinates of ``problem.frame``, bias last; each gives every training
+            point its label, strictly.
         certificates: of the infeasible pairs.
         proof: ``(m, K)``: index into ``witnesses`` where feasible, into ``certificates`` where infeasible.
         rank: directions in which the features vary.
@@ -101,7 +102,7 @@ class PairProxy:
         return self.witnesses[index] if decided == FEASIBLE else self.certificates[index]
 
     def verify(self, *, rational: bool = False, sample: int | None = None, seed: int = 0) -> Verification:
-        """Check the proofs again from the features alone; see :func:`flatminima.measures.weakness.verification.verify`."""
+        """Check the proofs again, from the features alone: :func:`flatminima.measures.weakness.verification.verify`."""
         return verify(self, rational=rational, sample=sample, seed=seed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,19 +141,21 @@ def pair_proxy(
     probe_labels: ArrayLike | None = None,
     search: bool = True,
 ) -> PairProxy:
-    r"""Count the (probe, class) pairs that some linear layer on these features realises without misclassifying a training point.
+    r"""Count the (probe, class) pairs that a linear layer on these features can realise beside all training labels.
 
-    Unchanged by invertible affine maps of feature space, hence by every rescaling and permutation of hidden units. It depends on
-    the features at the training points and probes only.
+    Unchanged by invertible affine maps of feature space, hence by every rescaling and permutation of hidden units. It
+    depends on the features at the training points and probes only.
 
-    Every decision is proved: feasible pairs by weights whose margins exceed their rounding error, infeasible ones by Farkas
-    multipliers (:mod:`flatminima.measures.weakness.proofs`). What could not be proved is in ``undecided``.
+    Every decision is proved: feasible pairs by weights whose margins exceed their rounding error, infeasible ones by
+    Farkas multipliers (:mod:`flatminima.measures.weakness.proofs`). What could not be proved is in ``undecided``.
 
     Args:
-        train: features of the training points, ``(n, d)``, for instance from :func:`flatminima.measures.weakness.features`.
+        train: features of the training points, ``(n, d)``, for instance from
+            :func:`flatminima.measures.weakness.features`.
         labels: their classes, ``(n,)``.
         probes: features of unseen points, ``(m, d)``.
-        classes: K; by default the largest training label plus one. A class without training points is a class all the same.
+        classes: K; by default the largest training label plus one. A class without training points is a class all the
+            same.
         probe_labels: true classes of the probes, only to count for how many the truth is feasible.
         search: ``False`` decides every pair by a linear program; slower, and used to check.
 
@@ -163,15 +166,19 @@ def pair_proxy(
 
     Example:
         >>> found = pair_proxy([[-1.0], [1.0]], [0, 1], [[-0.5], [0.0], [2.0]])
-        >>> found.value, found.extensions.tolist()          # between the points both classes are possible, beyond them one
+        >>> found.value, found.extensions.tolist()        # between the points both classes are possible, beyond them one
         (5, [2, 2, 1])
         >>> print(found.why(2, 0).explain())
         class 0 cannot win at probe 2: class 1 beats it there, by 2 training points (0, 1)
         >>> pair_proxy([[0.0], [0.0]], [0, 1], [[1.0]]).conflict.explain()
-        'no linear layer gives every training point its label: the labels of 2 training points (0, 1) contradict each other'
+        'no linear layer gives every training point its label: those of 2 training points (0, 1) contradict each other'
     """
     problem = FeatureProblem.of(train, labels, probes, classes)
-    truth = None if probe_labels is None else class_labels(probe_labels, "probe_labels", len(problem.probes), problem.classes)
+    truth = (
+        None
+        if probe_labels is None
+        else class_labels(probe_labels, "probe_labels", len(problem.probes), problem.classes)
+    )
     with one_thread():
         return _decided(problem, truth, search)
 
@@ -196,7 +203,10 @@ def _decided(problem: FeatureProblem, truth: IntArray | None, search: bool) -> P
         same = first[rank[back.ravel()]]
         feasible, proof = feasible[same], proof[same]
         undecided = {
-            (j, c): undecided[int(same[j]), c] for j in range(len(same)) for c in range(shape[1]) if (int(same[j]), c) in undecided
+            (j, c): undecided[int(same[j]), c]
+            for j in range(len(same))
+            for c in range(shape[1])
+            if (int(same[j]), c) in undecided
         }
     elif decider.conflict is not None:
         feasible[:] = INFEASIBLE
@@ -227,11 +237,13 @@ def _notes(problem: FeatureProblem, decider: Decider, undecided: int) -> tuple[s
         notes.append(f"{constant} of {problem.train.shape[1]} units are constant on all points and were left out")
     if problem.rank < len(problem.frame.units):
         notes.append(
-            f"the {len(problem.frame.units)} units that vary span {problem.rank} directions beyond rounding; the others were not used"
+            f"the {len(problem.frame.units)} units that vary span {problem.rank} directions beyond rounding; only those count"
         )
     missing = sorted(set(range(problem.classes)) - set(problem.labels.tolist()))
     if missing:
-        notes.append(f"no training point has class {', '.join(map(str, missing))}: such a class is bounded by the others only")
+        notes.append(
+            f"no training point has class {', '.join(map(str, missing))}: such a class is bounded by the others only"
+        )
     if decider.conflict is not None:
         notes.append(f"infeasible training rows: {decider.conflict.explain()}")
     limited = sum(certificate.proof == "resolution" for certificate in decider.certificates)

@@ -1,31 +1,32 @@
-r"""What makes a decision certain: a witness for "this class can win here", a certificate for "it cannot", and their checks.
+r"""What makes a decision certain: a witness for "it can win here", a certificate for "it cannot", and their checks.
 
-A linear layer scores a point z by :math:`w_k \cdot z`, k = 0, ..., K-1. "Training point i has its label" and "class c wins at the
-probe" are strict inequalities :math:`(w_a - w_b) \cdot z > 0`, one for each pair of the winner a and a loser b. Exactly one of
-the following exists (Gordan's theorem of the alternative, 1873):
+A linear layer scores a point z by :math:`w_k \cdot z`, k = 0, ..., K-1. "Training point i has its label" and "class c
+wins at the probe" are strict inequalities :math:`(w_a - w_b) \cdot z > 0`, one for each pair of the winner a and a
+loser b. Exactly one of the following exists (Gordan's theorem of the alternative, 1873):
 
 *Witness.* Weights under which all inequalities hold.
 
-*Certificate.* Multipliers :math:`\lambda \ge 0`, not all zero, with :math:`\sum_s \lambda_s\,(e_{a_s} - e_{b_s}) \otimes z_s = 0`.
-It excludes a witness: the same combination of the left-hand sides would be positive and zero. (That one of the two must exist is
-not used; only that a certificate which was checked excludes every witness.)
+*Certificate.* Multipliers :math:`\lambda \ge 0`, not all zero, with :math:`\sum_s \lambda_s\,(e_{a_s} - e_{b_s})
+\otimes z_s = 0`. It excludes a witness: the same combination of the left-hand sides would be positive and zero. (That
+one of the two must exist is not used; only that a certificate which was checked excludes every witness.)
 
-How they are checked, in double precision with every rounding accounted for (:math:`\gamma_n = n u / (1 - n u)`, Higham, *Accuracy and
-Stability of Numerical Algorithms*, 2002, section 3.1; u = 2^-53):
+How they are checked, in double precision with every rounding accounted for (:math:`\gamma_n = n u / (1 - n u)`, Higham,
+*Accuracy and Stability of Numerical Algorithms*, 2002, section 3.1; u = 2^-53):
 
-- A witness: each margin must exceed the bound on its own rounding error. Where that fails, the float64 weights are rational
-  numbers, and the margins are computed in exact integer arithmetic.
-- A certificate found in floating point satisfies the equations up to rounding only. Let B be their matrix and
-  :math:`C = B\,\mathrm{diag}(\lambda)`, so that the residual is :math:`r = C 1`. If X is a computed right inverse of C with
+- A witness: each margin must exceed the bound on its own rounding error. Where that fails, the float64 weights are
+  rational numbers, and the margins are computed in exact integer arithmetic.
+- A certificate found in floating point satisfies the equations up to rounding only. Let B be their matrix and :math:`C
+  = B\,\mathrm{diag}(\lambda)`, so that the residual is :math:`r = C 1`. If X is a computed right inverse of C with
   :math:`\|I - C X\|_\infty \le \epsilon < 1`, then C has full row rank and :math:`\delta = X (C X)^{-1} r` solves
-  :math:`C \delta = r`, so :math:`\lambda' = \lambda (1 - \delta)` satisfies the equations exactly, and it is positive when
-  :math:`\|X\|_\infty \|r\|_\infty / (1 - \epsilon) < 1`. That is a proof that an exact certificate exists (``"exact"``). It needs more
-  multipliers than equations; coordinates in which every point used is exactly zero are no equations, and one class is left out,
-  because the equations of all classes add up to zero.
-- Where the points are in special position (a probe that repeats a training point) there are fewer multipliers than equations. A small
-  system is then solved in exact rational arithmetic, again ``"exact"``.
-- Otherwise the residual itself is a statement: any weights w satisfy :math:`\min_s \text{margin}_s \le \|r\|_1 \max|w|` when
-  :math:`\sum \lambda = 1`. The certificate is then a proof up to that ``resolution``, in a frame where each unit varies by about 1.
+  :math:`C \delta = r`, so :math:`\lambda' = \lambda (1 - \delta)` satisfies the equations exactly, and it is positive
+  when :math:`\|X\|_\infty \|r\|_\infty / (1 - \epsilon) < 1`. That is a proof that an exact certificate exists
+  (``"exact"``). It needs more multipliers than equations; coordinates in which every point used is exactly zero are no
+  equations, and one class is left out, because the equations of all classes add up to zero.
+- Where the points are in special position (a probe that repeats a training point) there are fewer multipliers than
+  equations. A small system is then solved in exact rational arithmetic, again ``"exact"``.
+- Otherwise the residual itself is a statement: any weights w satisfy :math:`\min_s \text{margin}_s \le \|r\|_1 \max|w|`
+  when :math:`\sum \lambda = 1`. The certificate is then a proof up to that ``resolution``, in a frame where each unit
+  varies by about 1.
 """
 
 from __future__ import annotations
@@ -81,14 +82,14 @@ class Certificate:
     def explain(self) -> str:
         """The certificate in words.
 
-        The classes that beat the target come from the inequalities at the probe; when there is one such class, it beats the
-        target at the probe in every completion of the training labels.
+        The classes that beat the target come from the inequalities at the probe; when there is one such class, it beats
+        the target at the probe in every completion of the training labels.
         """
         here = self.points < 0
         used = sorted(set(self.points[~here].tolist()))
         rows = f"{len(used)} training points ({_listed(used)})"
         if self.probe is None:
-            return f"no linear layer gives every training point its label: the labels of {rows} contradict each other"
+            return f"no linear layer gives every training point its label: those of {rows} contradict each other"
         order = np.argsort(-self.multipliers[here])
         rivals = [int(k) for k in self.losers[here][order]]
         whom = f"class {rivals[0]} beats" if len(rivals) == 1 else f"one of the classes {_listed(rivals)} always beats"
@@ -112,7 +113,7 @@ def _points(problem: FeatureProblem, certificate: Certificate, exact: bool = Fal
 
 
 def _equations(z: FloatArray, winners: IntArray, losers: IntArray) -> FloatArray:
-    """Matrix B: one column per inequality, one row per class (but one) and coordinate, without rows that are exactly zero."""
+    """Matrix B: a column per inequality, a row per class (but one) and coordinate, without rows that are exactly zero."""
     used, first, counts = np.unique(np.concatenate([winners, losers]), return_index=True, return_counts=True)
     del first
     kept = np.delete(used, counts.argmax())  # the class that occurs most: its equations are the longest
@@ -161,9 +162,7 @@ def check_certificate(problem: FeatureProblem, certificate: Certificate) -> Cert
     if len(multipliers) <= _SMALL:
         exact = exact_certificate(problem, certificate)
         if exact is not None:
-            return replace(
-                certificate, proof="exact", resolution=0.0, multipliers=np.array([float(x) for x in exact])
-            )
+            return replace(certificate, proof="exact", resolution=0.0, multipliers=np.array([float(x) for x in exact]))
     resolution = float((r + noise).sum() * (1.0 + 1e-12))
     return replace(certificate, proof="resolution", resolution=resolution) if resolution <= RESOLUTION else None
 
@@ -179,10 +178,10 @@ def _subset(certificate: Certificate, keep: np.ndarray) -> Certificate:
 
 
 def exact_certificate(problem: FeatureProblem, certificate: Certificate) -> list[Fraction] | None:
-    """Non-negative rational multipliers near those given that satisfy the equations exactly; ``None`` if none were found.
+    """Rational multipliers near those given that satisfy the equations exactly and are not negative; or ``None``.
 
-    The features are binary fractions, so the equations are integer equations; they are solved by elimination without rounding,
-    and the solution is put back into them.
+    The features are binary fractions, so the equations are integer equations; they are solved by elimination without
+    rounding, and the solution is put back into them.
     """
     z = _points(problem, certificate, exact=True)
     return exact_multipliers(z, certificate.winners, certificate.losers, certificate.multipliers)
@@ -224,7 +223,7 @@ def sure_margins(weights: FloatArray, z: FloatArray) -> Scores:
 
 
 def wins(problem: FeatureProblem, weights: FloatArray, probe: int, target: int) -> bool:
-    """Whether class ``target`` strictly wins at the probe under the weights ``(K, dimension)``; decided without a doubt."""
+    """Whether ``target`` strictly wins at the probe under the weights ``(K, dimension)``; decided without a doubt."""
     found = sure_margins(weights[None], problem.z_probes[probe : probe + 1])
     scores, errors = found.scores[0, 0], found.errors[0, 0]
     sure = scores[target] - scores > (errors + errors[target]) * (1.0 + 1e-12)

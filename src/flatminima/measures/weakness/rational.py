@@ -44,8 +44,8 @@ def integers(values: FloatArray) -> tuple[Integers, int]:
 def exact_margins_positive(weights: FloatArray, frame: Frame, phi: FloatArray, labels: IntArray) -> bool:
     """Whether the label strictly wins at every point, in exact arithmetic.
 
-    ``weights`` ``(K, dimension)`` act on the frame's exact coordinates, ``(phi - shift) / 2**exponent`` and 1; no coordinate is
-    rounded.
+    ``weights`` ``(K, dimension)`` act on the frame's exact coordinates, ``(phi - shift) / 2**exponent`` and 1; no
+    coordinate is rounded.
     """
     units = len(frame.units)
     # Every score is multiplied by one common power of two: 2**-least.
@@ -75,8 +75,8 @@ def exact_multipliers(
 ) -> list[Fraction] | None:
     """Rational multipliers >= 0, not all zero, with ``sum_s m_s (e_winner - e_loser) (x) z_s = 0`` exactly.
 
-    Elimination chooses as many multipliers as there are independent equations, the largest first; the others keep their float
-    value, and the equations determine the chosen ones.
+    Elimination chooses as many multipliers as there are independent equations, the largest first; the others keep their
+    float value, and the equations determine the chosen ones.
 
     Args:
         points: ``(s, d)``, a constant 1 included.
@@ -85,7 +85,8 @@ def exact_multipliers(
         multipliers: approximate solution, ``(s,)``, positive.
 
     Returns:
-        The multipliers, summing to about 1; ``None`` where the equations have no solution of that kind near the one given.
+        The multipliers, summing to about 1; ``None`` where the equations have no solution of that kind near the one
+        given.
     """
     order = np.argsort(-multipliers, kind="stable")
     rows = _integer_rows(points, winners, losers, order)

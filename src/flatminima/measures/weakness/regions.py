@@ -1,12 +1,12 @@
 r"""Region-class vocabulary: a network seen through the sign patterns of one hidden layer.
 
-The regions are the sign patterns that a ReLU layer takes on the training and the unseen inputs; a program says "region r gets class
-c". With R regions and K classes the language has :math:`(K+1)^R` statements, and the policy that gives each region holding a
-training point its majority label has weakness :math:`(K+1)^{k}`, k the number of *free* regions, those that no training point falls
-into. Only the logarithm is computed.
+The regions are the sign patterns that a ReLU layer takes on the training and the unseen inputs; a program says "region
+r gets class c". With R regions and K classes the language has :math:`(K+1)^R` statements, and the policy that gives
+each region holding a training point its majority label has weakness :math:`(K+1)^{k}`, k the number of *free* regions,
+those that no training point falls into. Only the logarithm is computed.
 
-The vocabulary treats regions as independent. It is exact where each region holds one point, and ignores that one last layer serves
-all regions; :func:`flatminima.measures.weakness.pair_proxy` does not.
+The vocabulary treats regions as independent. It is exact where each region holds one point, and ignores that one last
+layer serves all regions; :func:`flatminima.measures.weakness.pair_proxy` does not.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def region_weakness(
         raise FeatureError(f"classes must be at least 1, got {classes}")
     seen, met = matrix(train, "training activations"), matrix(unseen, "unseen activations")
     if seen.shape[1] != met.shape[1]:
-        raise FeatureError(f"training activations have {seen.shape[1]} units, unseen ones {met.shape[1]}: expected the same")
+        raise FeatureError(
+            f"training activations have {seen.shape[1]} units, unseen ones {met.shape[1]}: expected the same"
+        )
     known, other = patterns(seen), patterns(met)
     free = len(other - known)
     mixed = None

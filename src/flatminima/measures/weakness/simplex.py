@@ -1,8 +1,9 @@
 r"""Linear programs over the version space: HiGHS's dual simplex, warm-started, with rows added when they are violated.
 
-The program has no objective. Its rows are :math:`(w_a - w_b) \cdot x \ge 1`, scaled to unit length, for pairs of a winner and a loser
-at a point; weights are free and the last class is fixed at zero, so a solution exists with margin 1 if one exists at all. Training rows
-enter forty at a time, the most violated first; the rows of a probe are added, solved from the basis at hand, and deleted again.
+The program has no objective. Its rows are :math:`(w_a - w_b) \cdot x \ge 1`, scaled to unit length, for pairs of a
+winner and a loser at a point; weights are free and the last class is fixed at zero, so a solution exists with margin 1
+if one exists at all. Training rows enter forty at a time, the most violated first; the rows of a probe are added,
+solved from the basis at hand, and deleted again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from flatminima.measures.weakness.features import FloatArray, IntArray
 
 _AT_ONCE = 40
 _VIOLATED = 1e-7
+_NOISE = 1e-11  # multipliers below this share of the largest are rounding
 _KEPT = 6  # rows kept between programs, in multiples of the number of variables
 
 
@@ -29,10 +31,10 @@ class Ray:
     multipliers: FloatArray
 
 
-class _Silent(highspy.Highs):
+class _Silent(highspy.Highs):  # type: ignore[misc]  # its annotations are not used, see pyproject.toml
     """HiGHS without the banner that version 1.16 prints while it is constructed."""
 
-    def enableCallbacks(self) -> None:  # noqa: N802  # HiGHS's name
+    def enableCallbacks(self) -> None:  # HiGHS's name
         self.silent()
         super().enableCallbacks()
 
@@ -55,7 +57,7 @@ class DualSimplex:
         self.iterations = 0
         self._present = np.zeros((len(points), classes), dtype=bool)
         self._present[np.arange(len(points)), labels] = True  # no row: a class does not compete with itself
-        self._rows: list[tuple[int, int, int]] = []  # point, winner, loser, in the order of the model
+        self._rows = np.empty((0, 3), dtype=np.int64)  # point, winner, loser, in the order of the model
         self._probe_length = 1.0
         self._model = _Silent()
         for option, value in (
@@ -72,9 +74,10 @@ class DualSimplex:
             Weights ``(K, D)``; or a :class:`Ray`; or a sentence that says why there is neither.
         """
         if probe is not None:
-            rivals = np.array([k for k in range(self.classes) if k != target])
+            rivals = np.delete(np.arange(self.classes), target)
+            same = np.ones_like(rivals)
             self._probe_length = float(np.linalg.norm(probe))
-            self._add(probe[None], [(-1, target, int(k)) for k in rivals])
+            self._add(np.tile(probe / self._probe_length, (len(rivals), 1)), -same, target * same, rivals)
         self.programs += 1
         try:
             return self._solve()
@@ -104,38 +107,33 @@ class DualSimplex:
                 return weights
             where, losers = np.unravel_index(worst, slack.shape)
             self._present[where, losers] = True
-            self._add(self.x[where], list(zip(where.tolist(), self.y[where].tolist(), losers.tolist(), strict=True)))
+            self._add(self.x[where] / self.length[where, None], where, self.y[where], losers)
 
-    def _add(self, points: FloatArray, rows: list[tuple[int, int, int]]) -> None:
-        starts, indices, values = [], [], []
-        for i, (_, winner, loser) in enumerate(rows):
-            x = points[i] if len(points) == len(rows) else points[0]
-            unit = x / np.linalg.norm(x)
-            starts.append(sum(map(len, indices)))
-            for sign, k in ((1.0, winner), (-1.0, loser)):
-                if k < self.classes - 1:
-                    indices.append(np.arange(k * self.dim, (k + 1) * self.dim))
-                    values.append(sign * unit)
-        flat, numbers = np.concatenate(indices).astype(np.int32), np.concatenate(values)
-        lower, upper = np.ones(len(rows)), np.full(len(rows), highspy.kHighsInf)
-        self._model.addRows(len(rows), lower, upper, len(flat), np.array(starts, dtype=np.int32), flat, numbers)
-        self._rows += rows
+    def _add(self, units: FloatArray, where: IntArray, winners: IntArray, losers: IntArray) -> None:
+        """Rows with the unit vector in the winner's block and its opposite in the loser's; the last class has no block."""
+        blocks = np.stack([winners, losers], axis=1)
+        free = blocks < self.classes - 1
+        columns = blocks[:, :, None] * self.dim + np.arange(self.dim)
+        values = np.stack([units, -units], axis=1)
+        starts = np.concatenate([[0], np.cumsum(free.sum(1) * self.dim)])
+        count, bound = len(units), np.full(len(units), highspy.kHighsInf)
+        self._model.addRows(
+            count, np.ones(count), bound, int(starts[-1]), starts[:-1].astype(np.int32),
+            columns[free].ravel().astype(np.int32), values[free].ravel(),
+        )  # fmt: skip
+        self._rows = np.concatenate([self._rows, np.stack([where, winners, losers], axis=1)])
 
     def _clear(self) -> None:
         """Delete the rows of the probe, and idle training rows when there are many."""
-        gone = [i for i, (point, _, _) in enumerate(self._rows) if point < 0]
+        gone = self._rows[:, 0] < 0
         if len(self._rows) > _KEPT * self.variables:
             basic = highspy.HighsBasisStatus.kBasic
-            status = self._model.getBasis().row_status
-            idle = [i for i, s in enumerate(status) if s == basic and self._rows[i][0] >= 0]
-            for i in idle:
-                point, _, loser = self._rows[i]
-                self._present[point, loser] = False
-            gone = sorted([*gone, *idle])
-        if gone:
-            self._model.deleteRows(len(gone), np.array(gone, dtype=np.int32))
-            left = set(gone)
-            self._rows = [row for i, row in enumerate(self._rows) if i not in left]
+            idle = ~gone & np.array([status == basic for status in self._model.getBasis().row_status])
+            self._present[self._rows[idle, 0], self._rows[idle, 2]] = False
+            gone |= idle
+        if gone.any():
+            self._model.deleteRows(int(gone.sum()), np.flatnonzero(gone).astype(np.int32))
+            self._rows = self._rows[~gone]
 
     def _ray(self) -> Ray | str:
         _, exists, values = self._model.getDualRay()
@@ -144,10 +142,9 @@ class DualSimplex:
             return "HiGHS found the program infeasible without giving multipliers"
         multipliers = np.asarray(values, dtype=np.float64)
         multipliers = multipliers if multipliers.sum() >= 0 else -multipliers
-        largest = float(multipliers.max(initial=0.0))
-        kept = np.flatnonzero(multipliers > 1e-11 * largest)
+        kept = np.flatnonzero(multipliers > _NOISE * multipliers.max(initial=0.0))
         if not len(kept):
             return "HiGHS found the program infeasible with multipliers that are all zero"
-        rows = np.array([self._rows[i] for i in kept], dtype=np.int64)
-        norms = np.where(rows[:, 0] < 0, self._probe_length, self.length[rows[:, 0]])
-        return Ray(rows[:, 0], rows[:, 1], rows[:, 2], multipliers[kept] / norms)
+        points, winners, losers = self._rows[kept].T
+        norms = np.where(points < 0, self._probe_length, self.length[points])
+        return Ray(points, winners, losers, multipliers[kept] / norms)

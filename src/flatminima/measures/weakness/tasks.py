@@ -2,8 +2,8 @@ r"""Tasks in a finite vocabulary: which policies are correct, and how likely eac
 
 A task is a pair :math:`(I, O)` of statements that may be met and completions of them that are right. A policy
 :math:`\pi \in L_v` is correct when the completions it shares with the inputs are exactly the outputs,
-:math:`\mathrm{Ext}(I) \cap \mathrm{Ext}(\pi) = O`. Outside the inputs it leaves a *buffer*
-:math:`B_\pi = \mathrm{Ext}(\pi) \setminus \mathrm{Ext}(I)` of further completions, so that :math:`w(\pi) = |O| + |B_\pi|`.
+:math:`\mathrm{Ext}(I) \cap \mathrm{Ext}(\pi) = O`. Outside the inputs it leaves a *buffer* :math:`B_\pi =
+\mathrm{Ext}(\pi) \setminus \mathrm{Ext}(I)` of further completions, so that :math:`w(\pi) = |O| + |B_\pi|`.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ class Task:
 
     @cached_property
     def correct_policies(self) -> tuple[Statement, ...]:
-        r"""All :math:`\pi` with :math:`\mathrm{Ext}(I) \cap \mathrm{Ext}(\pi) = O`, weakest first (ties in search order).
+        r"""All :math:`\pi` with :math:`\mathrm{Ext}(I) \cap \mathrm{Ext}(\pi) = O`, weakest first.
 
-        Each program is one bit set over the demands (those that contain it), so a policy costs one intersection a program.
+        Each program is one bit set over the demands (those that contain it), so a policy costs one intersection a
+        program.
         """
         demands = list(self.demands)
         containing = {
@@ -114,8 +115,8 @@ class Task:
 
         .. math:: P(S \subseteq B_\pi) = \sum_k p_k \binom{|B_\pi|}{k} \Big/ \binom{|U|}{k}
 
-        Both increase with the buffer, hence, among correct policies of one task, with weakness. They are statements about
-        *compatibility with arbitrary demands*, not about the accuracy of a prediction.
+        Both increase with the buffer, hence, among correct policies of one task, with weakness. They are statements
+        about *compatibility with arbitrary demands*, not about the accuracy of a prediction.
 
         Args:
             policy: a correct policy of this task.
@@ -134,7 +135,9 @@ class Task:
         chances = dict(sizes) if isinstance(sizes, Mapping) else dict(enumerate(sizes))
         total = math.fsum(chances.values())
         if any(not (isinstance(k, int) and 0 <= k <= unseen) for k, p in chances.items() if p):
-            raise VocabularyError(f"sizes give weight to numbers of demands outside 0, ..., {unseen} (unseen statements)")
+            raise VocabularyError(
+                f"sizes give weight to numbers of demands outside 0, ..., {unseen} (unseen statements)"
+            )
         if any(not p >= 0 for p in chances.values()) or not math.isclose(total, 1.0, abs_tol=1e-9):
             raise VocabularyError(f"sizes must be probabilities that sum to 1, got a sum of {total:g}")
         return math.fsum(

@@ -52,10 +52,10 @@ def verify(result: PairProxy, *, rational: bool = False, sample: int | None = No
 
     Args:
         result: of :func:`flatminima.measures.weakness.pair_proxy`.
-        rational: exact arithmetic. A witness's margins are computed as integers. The multipliers of a certificate, which are
-            rounded, are replaced by rational ones that satisfy the equations exactly; a certificate that has none is counted in
-            ``limited``, since what it proves is its resolution. Milliseconds a proof, seconds for certificates with
-            about a hundred multipliers.
+        rational: exact arithmetic. A witness's margins are computed as integers. The multipliers of a certificate,
+            which are rounded, are replaced by rational ones that satisfy the equations exactly; a certificate that has
+            none is counted in ``limited``, since what it proves is its resolution. Milliseconds a proof, seconds for
+            certificates with about a hundred multipliers.
         sample: look at so many pairs, drawn without replacement; all by default.
         seed: of the sample.
 

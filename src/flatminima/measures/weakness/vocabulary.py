@@ -1,8 +1,8 @@
 r"""Weakness in a finite vocabulary: programs, statements, and how many statements complete a given one.
 
-A *program* is a set of states, a *vocabulary* v a finite set of programs, a *statement* a set of programs of v that hold together in
-at least one state, and :math:`L_v` the set of all statements (the embodied language). The *extension* of a statement l is every
-statement that contains it, and its *weakness* is how many those are:
+A *program* is a set of states, a *vocabulary* v a finite set of programs, a *statement* a set of programs of v that
+hold together in at least one state, and :math:`L_v` the set of all statements (the embodied language). The *extension*
+of a statement l is every statement that contains it, and its *weakness* is how many those are:
 
 .. math:: w(l) = |\{\,y \in L_v : l \subseteq y\,\}|
 
@@ -50,9 +50,7 @@ class FiniteVocabulary:
         flatminima.measures.weakness.vocabulary.VocabularyError: A, C is not a statement: no state satisfies all of it
     """
 
-    def __init__(
-        self, states: Iterable[State], programs: Mapping[str, Iterable[State]], *, limit: int = LIMIT
-    ) -> None:
+    def __init__(self, states: Iterable[State], programs: Mapping[str, Iterable[State]], *, limit: int = LIMIT) -> None:
         self.states: tuple[Hashable, ...] = tuple(states)
         place: dict[Hashable, int] = {state: i for i, state in enumerate(self.states)}
         if not self.states:
@@ -82,7 +80,7 @@ class FiniteVocabulary:
         self._counts: dict[tuple[int, int], int] = {}
 
     def truth_set(self, statement: Iterable[str]) -> frozenset[Hashable]:
-        r"""States in which all programs hold, :math:`T(l) = \bigcap_{p \in l} p`; everything for the empty statement."""
+        r"""States in which all programs hold, :math:`T(l) = \bigcap_{p \in l} p`; all states for no program."""
         bits = self._truth(self._members(statement))
         return frozenset(state for i, state in enumerate(self.states) if bits >> i & 1)
 

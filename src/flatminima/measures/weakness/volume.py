@@ -1,11 +1,13 @@
-r"""How large the version space is: the share of all directions of the last layer that classify the training points correctly.
+r"""How large the version space is: the share of all directions of a last layer that give every training point its label.
 
 That share is far too small to be hit by chance (e^-100 and less), so it is a product of conditional shares,
 
-.. math:: P(M \ge 0) = P(M \ge -\gamma_1) \prod_t P(M \ge -\gamma_{t+1} \mid M \ge -\gamma_t), \qquad \gamma_1 > \gamma_2 > \dots > 0,
+.. math:: P(M \ge 0) = P(M \ge -\gamma_1) \prod_t P(M \ge -\gamma_{t+1} \mid M \ge -\gamma_t), \qquad \gamma_1 >
+\gamma_2 > \dots > 0,
 
-M the smallest margin of weights that are uniform in a ball, with levels chosen so that each factor is about a quarter, and particles
-that walk inside each level (multilevel splitting; Kahn and Harris, 1951; for linear constraints Gessner, Kanjilal and Hennig, 2020).
+M the smallest margin of weights that are uniform in a ball, with levels chosen so that each factor is about a quarter,
+and particles that walk inside each level (multilevel splitting; Kahn and Harris, 1951; for linear constraints Gessner,
+Kanjilal and Hennig, 2020).
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ class VersionSpaceVolume:
     """Log of the share of directions, with its error.
 
     Attributes:
-        log_volume: mean over the runs of the logarithm, in nats; ``-inf`` where the training labels contradict each other.
-        error: standard error over the runs. A logarithm of an unbiased estimate is biased downwards (Jensen), by about half
-            its variance: read the value as a lower bound in the mean.
+        log_volume: mean over the runs of the logarithm, in nats; ``-inf`` where the training labels contradict each
+            other.
+        error: standard error over the runs. A logarithm of an unbiased estimate is biased downwards (Jensen), by about
+            half its variance: read the value as a lower bound in the mean.
         runs: the value of each run.
         levels: number of factors.
     """
@@ -54,9 +57,10 @@ def version_space_volume(
 ) -> VersionSpaceVolume:
     """Log of the share of random last layers that give every training point its label.
 
-    Unchanged by invertible affine maps of feature space: "random" means isotropic in the coordinates in which the points have mean
-    0 and covariance 1. A first pass chooses the levels; the runs then use them as fixed, so that each is an unbiased estimate
-    of the share once the particles have mixed. Whether they have is seen by raising ``paths``: the value must not move.
+    Unchanged by invertible affine maps of feature space: "random" means isotropic in the coordinates in which the
+    points have mean 0 and covariance 1. A first pass chooses the levels; the runs then use them as fixed, so that each
+    is an unbiased estimate of the share once the particles have mixed. Whether they have is seen by raising ``paths``:
+    the value must not move.
 
     Args:
         train: features of the training points, ``(n, d)``.
@@ -74,8 +78,9 @@ def version_space_volume(
     Cost: no gradients; a minute or two for n = 250, K = 10, d = 8.
 
     Example:
+        >>> import math
         >>> found = version_space_volume([[-1.0], [1.0]], [0, 1], seed=1)          # a quarter of all lines
-        >>> abs(found.log_volume - np.log(0.25)) < 4 * found.error + 0.02
+        >>> abs(found.log_volume - math.log(0.25)) < 4 * found.error + 0.02
         True
     """
     if particles < 16 or paths < 1 or runs < 2:
