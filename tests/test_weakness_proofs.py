@@ -1,4 +1,4 @@
-"""The arithmetic of proofs: exact integers, certificates that rounding cannot hide behind, witnesses decided at the last bit."""
+"""The arithmetic of proofs: exact integers, certificates repaired and refused, witnesses decided at the last bit."""
 
 from __future__ import annotations
 
