@@ -1,4 +1,4 @@
-"""Claim: the pair proxy of a network costs less than a thirtieth of a loop of cold linear programs, and grows linearly with the probes.
+"""Claim: the pair proxy costs less than a thirtieth of a loop of cold linear programs, and grows linearly with the probes.
 
     make bench      # or: FLATMINIMA_DATA=folder python benchmarks/weakness.py [--rounds 3] [--quick]
 

@@ -23,7 +23,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from flatminima.measures.weakness.dominance import Domination
-from flatminima.measures.weakness.features import FloatArray, IntArray
+from flatminima.measures.weakness.features import FeatureError, FloatArray, IntArray
 from flatminima.measures.weakness.frame import FeatureProblem
 from flatminima.measures.weakness.interior import Interior
 from flatminima.measures.weakness.margin import nearest_point
@@ -43,8 +43,8 @@ _MORE_STEPS = 25
 # A margin below this, relative to the scores, is not taken for a win before it has been proved.
 _CLEAR = 1e-11
 _TROUBLE = "neither the weights nor the multipliers of the linear program pass the check"
-# Variables beyond which a Hessian costs more than a linear program saves.
-_LARGE = 4000
+#: Variables, (K - 1) (rank + 1), beyond which a problem is refused: one Hessian would take gigabytes.
+MOST_VARIABLES = 6000
 
 
 def one_thread() -> AbstractContextManager[object]:
@@ -100,7 +100,13 @@ class Decider:
         self._simplex: DualSimplex | None = None
         self._interior: Interior | None = None
         self._domination = Domination(self.x, problem.labels)
-        self._search = search and (problem.classes - 1) * self.x.shape[1] <= _LARGE
+        self._search = search
+        variables = (problem.classes - 1) * self.x.shape[1]
+        if variables > MOST_VARIABLES:
+            raise FeatureError(
+                f"{problem.classes} classes and {problem.rank} directions make {variables} variables, more than "
+                f"{MOST_VARIABLES}: take a narrower layer, fewer classes, or fewer points, which span fewer directions"
+            )
         self._known = {row.tobytes(): i for i, row in reversed(list(enumerate(problem.train + 0.0)))}
 
     @property
@@ -131,45 +137,23 @@ class Decider:
         """Whether the training labels can be satisfied at all; prepares the search.
 
         Args:
-            start: search weights that are known to satisfy them, which saves the linear program.
+            start: search weights that are known to satisfy them; otherwise a search or a linear program finds them.
         """
-        conflict = self._repeated()
-        if conflict is not None:
-            self.conflict = conflict
+        self.conflict = self._repeated()
+        if self.conflict is not None:
             return False
+        interior = Interior(self.x, self.problem.labels, self.problem.classes) if self._search else None
+        if start is None and interior is not None:
+            found = interior.start()
+            start = found if found is not None and self._trains(found) else None
         if start is None:
             start = self._first()
-            if start is None:
-                return False
+        if start is None:
+            return False
         self.start = start
-        if self._search:
-            interior = Interior(self.x, self.problem.labels, self.problem.classes)
-            if interior.centre(start):
-                self._interior = interior
+        if interior is not None and interior.centre(start):
+            self._interior = interior
         return True
-
-    def _first(self) -> FloatArray | None:
-        """Search weights that give every training point its label; otherwise sets the conflict or the trouble."""
-        answers: list[FloatArray | Ray] = []
-        found = self.simplex.feasible()
-        if not isinstance(found, str):
-            answers.append(found)
-        for attempt in range(2):
-            for answer in answers:
-                if isinstance(answer, Ray):
-                    self.conflict = self._certify(answer, None, None)
-                    if self.conflict is not None:
-                        return None
-                elif check_witnesses(self.problem, self.problem.to_frame(answer)[None])[0]:
-                    return answer
-            if attempt == 0:
-                answers = list(self._second_opinion() or ())
-        self.trouble = f"training rows: {_TROUBLE if not isinstance(found, str) else found}"
-        return None
-
-    def _second_opinion(self, probe: FloatArray | None = None, target: int = -1) -> tuple[FloatArray, Ray] | None:
-        self.nearest_points += 1
-        return nearest_point(self.x, self.problem.labels, self.problem.classes, probe, target)
 
     def decide(self, probes: IntArray) -> Decisions:
         """Decide all classes at these probes; :meth:`train` has to have succeeded."""
@@ -184,6 +168,33 @@ class Decider:
         block.settle()
         block.solve()
         return block.decisions
+
+    def _trains(self, weights: FloatArray) -> bool:
+        """Whether search weights give every training point its label."""
+        return bool(check_witnesses(self.problem, self.problem.to_frame(weights)[None])[0])
+
+    def _first(self) -> FloatArray | None:
+        """Search weights that give every training point its label; otherwise sets the conflict or the trouble."""
+        answers: list[FloatArray | Ray] = []
+        found = self.simplex.feasible()
+        if not isinstance(found, str):
+            answers.append(found)
+        for attempt in range(2):
+            for answer in answers:
+                if isinstance(answer, Ray):
+                    self.conflict = self._certify(answer, None, None)
+                    if self.conflict is not None:
+                        return None
+                elif self._trains(answer):
+                    return answer
+            if attempt == 0:
+                answers = list(self._second_opinion() or ())
+        self.trouble = f"training rows: {_TROUBLE if not isinstance(found, str) else found}"
+        return None
+
+    def _second_opinion(self, probe: FloatArray | None = None, target: int = -1) -> tuple[FloatArray, Ray] | None:
+        self.nearest_points += 1
+        return nearest_point(self.x, self.problem.labels, self.problem.classes, probe, target)
 
     def _repeated(self) -> Certificate | None:
         """A training point that is there twice with different labels."""

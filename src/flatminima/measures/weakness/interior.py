@@ -28,7 +28,8 @@ _TO_BOUNDARY = 0.95  # share of the way to the boundary that a step may go
 _TARGET = 0.03  # margin asked for at the probe, relative to the largest score there
 _RIDGE = 0.01  # of the search, relative to that of the centre: longer steps
 _CENTRED = 1e-3  # Newton decrement at which the centre is good enough
-_KEPT = 4_000_000  # numbers in outer products of points that may be kept between steps
+_FREE = 1e-8  # ridge while a start is sought
+_KEPT = 4_000_000  # numbers in outer products of points that are formed at once, and kept if they are all
 
 
 class Interior:
@@ -46,14 +47,42 @@ class Interior:
         self.n, self.dim = points.shape
         self.rows = np.arange(self.n)
         starts = np.searchsorted(self.y, np.arange(classes + 1))
-        self.slices = [(k, slice(a, b)) for k, (a, b) in enumerate(pairwise(starts)) if b > a]
         self.size = (classes - 1) * self.dim  # the last class is fixed at zero: scores matter up to a common shift
         self.count = self.n * (classes - 1)
         self._others = [np.delete(np.arange(classes), k) for k in range(classes)]
-        keep = self.n * self.dim**2 <= _KEPT
-        self._outer = [self._products(part) for _, part in self.slices] if keep else None
+        slices = [(k, slice(a, b)) for k, (a, b) in enumerate(pairwise(starts)) if b > a]
+        most = max(_KEPT // self.dim**2, 1)  # points whose products are formed at once
+        self._pieces = [
+            (k, slice(i, min(i + most, part.stop))) for k, part in slices for i in range(part.start, part.stop, most)
+        ]
+        self._outer = [self._products(part) for _, part in self._pieces] if self.n <= most else None
         self.weights: FloatArray | None = None  # of the centre, (K, D), once found
         self.newton_steps = 0
+
+    def start(self, most: int = 40) -> FloatArray | None:
+        """A member of V, by Newton's method on ``-sum log(M + 1)`` from zero; ``None`` where it comes to rest outside V.
+
+        On separable points the sum falls without bound as all margins grow.
+        """
+        w = np.zeros((self.classes, self.dim))
+        ridge = _FREE * self.count
+        for _ in range(most):
+            found = self._barrier(w, shift=1.0)
+            if found is None:
+                return None
+            margins, gradient, hessian = found
+            if margins.min() > 1.0:
+                return w
+            factor = self._factor(hessian, ridge)
+            if factor is None:
+                return None
+            gradient = gradient + ridge * w[:-1].ravel()
+            step = -dpotrs(factor, gradient)[0]
+            move = self._full(step)
+            w = w + min(1.0, _TO_BOUNDARY * self._reach(margins, move)) * move
+            if -gradient @ step < _CENTRED**2:
+                return None
+        return None
 
     def centre(self, start: FloatArray, most: int = 60) -> bool:
         """Move from a member of V to its analytic centre; ``False`` where double precision does not carry that far."""
@@ -163,12 +192,12 @@ class Interior:
         step: FloatArray = pull + response @ raised[:-1]
         return step
 
-    def _barrier(self, w: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray] | None:
-        """Margins, gradient and Hessian of ``-sum log M`` in the free classes; ``None`` outside V."""
+    def _barrier(self, w: FloatArray, shift: float = 0.0) -> tuple[FloatArray, FloatArray, FloatArray] | None:
+        """M + shift, gradient and Hessian of ``-sum log(M + shift)`` in the free classes; ``None`` outside its domain."""
         self.newton_steps += 1
         k, d = self.classes, self.dim
         scores = self.x @ w.T
-        margins = scores[self.rows, self.y][:, None] - scores
+        margins = scores[self.rows, self.y][:, None] - scores + shift
         margins[self.rows, self.y] = np.inf
         if not margins.min() > 0:
             return None
@@ -177,9 +206,9 @@ class Interior:
         inverse[self.rows, self.y] = -inverse.sum(1)
         gradient = (inverse.T @ self.x)[:-1].ravel()
         sums = np.zeros((k, k, d, d))  # [a, b]: sum of x x' / M^2 over the points of class a against class b
-        for i, (a, part) in enumerate(self.slices):
+        for i, (a, part) in enumerate(self._pieces):
             products = self._products(part) if self._outer is None else self._outer[i]
-            sums[a] = (square[part].T @ products).reshape(k, d, d)
+            sums[a] += (square[part].T @ products).reshape(k, d, d)
         blocks = -(sums + sums.transpose(1, 0, 2, 3))
         each = np.arange(k)
         blocks[each, each] = sums.sum(0) + sums.sum(1)
