@@ -25,7 +25,7 @@ from threadpoolctl import ThreadpoolController
 from flatminima.measures.weakness.dominance import Domination
 from flatminima.measures.weakness.features import FeatureError, FloatArray, IntArray
 from flatminima.measures.weakness.frame import FeatureProblem
-from flatminima.measures.weakness.interior import Interior
+from flatminima.measures.weakness.interior import CLEAR, Interior
 from flatminima.measures.weakness.margin import nearest_point
 from flatminima.measures.weakness.proofs import (
     Certificate,
@@ -40,8 +40,6 @@ UNDECIDED, INFEASIBLE, FEASIBLE = -1, 0, 1
 
 _FIRST_STEPS = 5
 _MORE_STEPS = 25
-# A margin below this, relative to the scores, is not taken for a win before it has been proved.
-_CLEAR = 1e-11
 _TROUBLE = "neither the weights nor the multipliers of the linear program pass the check"
 #: Variables, (K - 1) (rank + 1), beyond which a problem is refused: one Hessian would take gigabytes.
 MOST_VARIABLES = 6000
@@ -219,6 +217,7 @@ class _Block:
         problem = owner.problem
         self.owner, self.probes = owner, probes
         self.x = problem.whiten(problem.z_probes[probes])
+        self.length = np.linalg.norm(self.x, axis=1)
         shape = len(probes), problem.classes
         self.decisions = Decisions(np.full(shape, UNDECIDED), np.full(shape, -1))
         self.candidate = np.full(shape, -1)  # index into self.visited
@@ -257,8 +256,7 @@ class _Block:
         if new.any():
             where = np.flatnonzero(new)
             top = np.partition(scores[where], -2, axis=1)
-            clear = top[:, -1] - top[:, -2] > _CLEAR * np.abs(scores[where]).max(1)
-            where = where[clear]
+            where = where[top[:, -1] - top[:, -2] > CLEAR * np.linalg.norm(weights) * self.length[where]]
             if len(where):
                 self.candidate[where, label[where]] = len(self.visited)
                 self.visited.append(weights)

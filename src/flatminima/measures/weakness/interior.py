@@ -26,6 +26,9 @@ from flatminima.measures.weakness.features import FloatArray, IntArray
 
 _TO_BOUNDARY = 0.95  # share of the way to the boundary that a step may go
 _TARGET = 0.03  # margin asked for at the probe, relative to the largest score there
+_LEAST = 0.01  # of |w||x|, which a score is taken for at least
+#: A lead below this share of |w||x| is rounding: no win before it has been proved.
+CLEAR = 1e-11
 _RIDGE = 0.01  # of the search, relative to that of the centre: longer steps
 _CENTRED = 1e-3  # Newton decrement at which the centre is good enough
 _FREE = 1e-8  # ridge while a start is sought
@@ -163,7 +166,8 @@ class Interior:
             w = w + min(1.0, _TO_BOUNDARY * limit) * move
             visited.append(w)
             scores = w @ probe
-            if scores.argmax() == target:
+            lead = scores[target] - scores[self._others[target]].max()
+            if lead > CLEAR * float(np.linalg.norm(w) * np.linalg.norm(probe)):
                 return visited, True
         return visited, False
 
@@ -182,7 +186,9 @@ class Interior:
         after = scores.copy()
         after[:-1] += pull.reshape(k - 1, self.dim) @ probe
         others = self._others[target]
-        need = _TARGET * np.abs(scores).max() - (after[target] - after[others])
+        # Scores near zero are possible: a probe outside the span of the training points is not scored at all at the centre.
+        scale = max(float(np.abs(scores).max()), _LEAST * float(np.linalg.norm(w) * np.linalg.norm(probe)))
+        need = _TARGET * scale - (after[target] - after[others])
         cross = gram[target, others]
         system = gram[others[:, None], others] - cross[None, :] - cross[:, None] + gram[target, target]
         push = _nonnegative(system, need)
