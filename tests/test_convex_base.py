@@ -26,6 +26,8 @@ from flatminima.problems.convex import (
 )
 from flatminima.problems.convex_base import length
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAP = {"lr": 1 / 24, "radius": 2.0}
 DRAWN = Sample.draw(4, 2, "some")
 PROBLEMS: dict[str, Callable[[], ConvexProblem]] = {

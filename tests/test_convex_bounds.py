@@ -24,6 +24,8 @@ from flatminima.problems.convex import (
     stability_bound,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ARGUMENTS: dict[str, Any] = {
     "smoothness": 1.0, "lr": 0.25, "radius": 0.1, "flatness_radius": 0.1, "steps": 20, "n": 20, "distance": 1.0,
 }  # fmt: skip

@@ -10,6 +10,8 @@ import torch
 from convex_fixture import VECTORS, random_point
 from flatminima.problems.convex import DeadZoneRegression, RadialDeadZone, optimization_bound, sagd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize(("d", "rho"), [(2, 0.1), (3, 0.0), (7, 0.3), (40, 0.05)])
 def test_the_population_risk_is_that_of_fresh_examples(d: int, rho: float) -> None:

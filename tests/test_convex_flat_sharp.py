@@ -10,6 +10,8 @@ import torch
 from convex_fixture import VECTORS, flat_sharp_loss, mean_over_everything, random_point, sample_of, vector
 from flatminima.problems.convex import FlatSharpERM, Sample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_evaluation_as_recorded() -> None:
     case = VECTORS["saerm_eval_n2"]

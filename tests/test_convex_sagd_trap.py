@@ -13,6 +13,8 @@ from convex_fixture import VECTORS, mean_over_everything, random_point, sagd_los
 from flatminima.problems.convex import SAGDTrap, Sample, gd, sagd, sam
 from flatminima.problems.convex_sagd_trap import FLOOR
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_evaluation_as_recorded() -> None:
     case = VECTORS["sagd_trap_eval_n2_T2"]
@@ -121,8 +123,8 @@ def test_nobody_chose_and_it_is_bad_all_the_same_without_the_auxiliary_ties() ->
     """Power iteration from random starts, 400 steps each: harmless with weight 1, in the trap below."""
     risks = {}
     for weight in (1.0, 0.9):
-        f = SAGDTrap(6, 32, 0.1, auxiliary_weight=weight, sample=Sample.draw(6, 0, "some", bit=1))
-        run = sagd(f, lr=0.25, radius=0.8071, steps=32, tie_break="power")
+        f = SAGDTrap(6, 16, 0.1, auxiliary_weight=weight, sample=Sample.draw(6, 0, "some", bit=1))
+        run = sagd(f, lr=0.25, radius=1.1, steps=16, tie_break="power")
         risks[weight] = f.population_risk(run.suffix_average(1)).value
     assert risks[1.0] < 0.005
     assert risks[0.9] > 0.02
@@ -185,8 +187,8 @@ def test_a_column_of_minus_ones_serves_as_well() -> None:
         ({"flatness_radius": 1.0}, "flatness_radius must be below 1"),
         ({"auxiliary_weight": 1.5}, "auxiliary_weight at most 1, got 0.1 and 1.5"),
         ({"auxiliary_weight": -1.0}, "auxiliary_weight must be finite and >= 0"),
-        ({"steps": 0}, "integer >= 1, got 0"),
-        ({"steps": 2.5}, "integer >= 1, got 2.5"),
+        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ({"steps": 2.5}, "steps must be an integer >= 1, got 2.5"),
     ],
 )
 def test_bad_input(arguments: dict[str, float], message: str) -> None:

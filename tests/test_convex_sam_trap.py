@@ -13,6 +13,8 @@ import flatminima as fm
 from convex_fixture import VECTORS, mean_over_everything, random_point, sam_loss, sample_of, vector
 from flatminima.problems.convex import Constants, EpsilonWarning, Sample, SAMTrap, chain, gd, mean_loss, sam
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RUNS = [key for key in VECTORS if re.match(r"sam_trap_(corrected|conditioned|paper_n6)", key)]
 BROKEN = [key for key in VECTORS if "BROKEN" in key]
 

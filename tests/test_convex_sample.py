@@ -10,6 +10,8 @@ import torch
 from convex_fixture import VECTORS
 from flatminima.problems.convex import Sample, event_probability
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_event_probabilities_as_recorded() -> None:
     case = VECTORS["event_probabilities"]

@@ -10,6 +10,8 @@ import torch
 from convex_fixture import VECTORS
 from flatminima.problems.convex import SharpSAM1D, gd, optimization_bound, sagd, sam
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def reached(f: SharpSAM1D, radius: float, w: torch.Tensor) -> float:
     return f.empirical_risk(w) + f.sharpness(radius, w).lower

@@ -14,8 +14,9 @@ what is proved about them. ``docs/flatness-can-lie.md`` tells the story in pictu
 every statement.
 """
 
-from flatminima.problems.convex_base import ColumnProblem, ConvexProblem, mean_loss
+from flatminima.problems.convex_base import ConvexProblem, mean_loss
 from flatminima.problems.convex_bounds import gap_bound, optimization_bound, risk_bound, stability_bound
+from flatminima.problems.convex_columns import ColumnProblem
 from flatminima.problems.convex_dead_zone import DeadZoneRegression, RadialDeadZone
 from flatminima.problems.convex_flat_sharp import FlatSharpERM
 from flatminima.problems.convex_risk import Certificate, Check, Risk, Sharpness

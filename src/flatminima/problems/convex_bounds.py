@@ -25,7 +25,7 @@ import math
 from typing import Literal, TypeAlias, get_args
 
 from flatminima.names import unknown
-from flatminima.problems.convex_base import positive
+from flatminima.problems.convex_base import check_count, positive
 
 BoundKind: TypeAlias = Literal["paper", "tight"]
 
@@ -175,9 +175,8 @@ def _check(
     positive("lr", lr)
     for name, value in (("radius", radius), ("flatness_radius", flatness_radius), ("distance", distance)):
         positive(name, value, zero=True)
-    for name, count in (("steps", steps), ("n", n)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
+    check_count("steps", steps)
+    check_count("n", n)
     if kind not in get_args(BoundKind):
         raise ValueError(unknown("kind of bound", kind, get_args(BoundKind)))
     if optimum != 0.0:

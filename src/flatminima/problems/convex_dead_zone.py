@@ -12,7 +12,7 @@ import torch
 from scipy.special import betainc
 from torch import Tensor, nn
 
-from flatminima.problems.convex_base import ConvexProblem, LossModel, positive
+from flatminima.problems.convex_base import ConvexProblem, LossModel, check_count, positive
 from flatminima.problems.convex_risk import Risk
 
 
@@ -52,21 +52,23 @@ class DeadZoneRegression(ConvexProblem):
         samples: int | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        for name, value, least in (("n", n, 1), ("d", d, 2), ("samples", 1 if samples is None else samples, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        self.n, self.d = n, d
+        self.n, self.d = check_count("n", n), check_count("d", d, 2)
+        if samples is not None:
+            check_count("samples", samples)
         self.flatness_radius = positive("flatness_radius", flatness_radius, zero=True)
         self.smoothness = positive("smoothness", smoothness)
         self.lipschitz = smoothness * max(0.0, 2.0 - flatness_radius)
         self.largest_loss = 0.5 * smoothness * max(0.0, 2.0 - flatness_radius) ** 2
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn((*(() if samples is None else (samples,)), n, d), generator=generator, dtype=torch.float64)
-        self.x = (x / x.norm(dim=-1, keepdim=True)).to(dtype)
+        self.start = torch.zeros(d, dtype=dtype)
+        self.x = self._drawn((n,) if samples is None else (samples, n), seed)
         self.weights = torch.full((n,), 1.0 / n, dtype=dtype)
         self.centre = torch.zeros(d, dtype=dtype)
         self.centre[0] = 1.0
-        self.start = torch.zeros(d, dtype=dtype)
+
+    def _drawn(self, shape: tuple[int, ...], seed: int) -> Tensor:
+        x = torch.randn((*shape, self.d), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        unit: Tensor = x / x.norm(dim=-1, keepdim=True)
+        return unit.to(self.start)
 
     def leave_one_out(self) -> DeadZoneRegression:
         """The same samples as they are and with each example's loss zero: points ``(samples, n + 1, d)``, first all of them."""
@@ -128,6 +130,10 @@ class DeadZoneRegression(ConvexProblem):
         if self.x.dim() != 2 or self.weights.dim() != 1:
             raise ValueError("several samples at once are no one data set: build the problem without samples=")
         return self.x.clone(), self.x.new_zeros(self.n)
+
+    def fresh(self, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+        """New examples ``(rows, d)`` and empty targets."""
+        return self._drawn((check_count("rows", rows),), seed), self.x.new_zeros(rows)
 
 
 class RadialDeadZone(ConvexProblem):
@@ -196,7 +202,11 @@ class RadialDeadZone(ConvexProblem):
 
     def data(self) -> tuple[Tensor, Tensor]:
         """One row, which the loss does not look at."""
-        return self.start.new_zeros(1, 1), self.start.new_zeros(1)
+        return self.fresh(1, 0)
+
+    def fresh(self, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+        """So many rows, which the loss does not look at."""
+        return self.start.new_zeros(check_count("rows", rows), 1), self.start.new_zeros(rows)
 
 
 def _losses(w: Tensor, x: Tensor, centre: Tensor, *, rho: float, beta: float) -> Tensor:

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flatminima.problems.convex_base import ColumnProblem, length, positive
+from flatminima.problems.convex_base import length, positive
+from flatminima.problems.convex_columns import ColumnProblem
 from flatminima.problems.convex_risk import Certificate, Check, Risk, expectation
 from flatminima.problems.convex_sample import Kind, Sample, event_probability
 

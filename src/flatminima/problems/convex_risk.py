@@ -155,7 +155,7 @@ def expectation(
     generator, total, square = np.random.default_rng(seed), 0.0, 0.0
     rows = max(1, _BLOCK // len(merged))
     for first in range(0, draws, rows):
-        counts = _counts(list(merged.values()), min(rows, draws - first), generator)
+        counts = fair_counts(list(merged.values()), min(rows, draws - first), generator)
         found = phi(base + counts @ steps)
         total += float(found.sum())
         square += float(found.square().sum())
@@ -164,7 +164,8 @@ def expectation(
     return Risk(mean, math.sqrt(variance / draws), "sampled", draws)
 
 
-def _counts(sizes: list[int], rows: int, generator: np.random.Generator) -> Tensor:
+def fair_counts(sizes: Sequence[int], rows: int, generator: np.random.Generator) -> Tensor:
+    """How many of ``size`` fair coins show a one, ``(rows, len(sizes))``, float64."""
     if all(size == 1 for size in sizes):
         return torch.from_numpy(generator.integers(0, 2, (rows, len(sizes)), dtype=np.int8)).double()
     columns = [

@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flatminima.problems.convex_base import ColumnProblem, length, positive
+from flatminima.problems.convex_base import length, positive
+from flatminima.problems.convex_columns import ColumnProblem
 from flatminima.problems.convex_risk import Certificate, Check, Risk, expectation
 from flatminima.problems.convex_sam_constants import Chain, Constants, Variant, chain, constants
 from flatminima.problems.convex_sample import Kind, Sample, event_probability

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from flatminima.problems.convex_base import ConvexProblem, LossModel, positive
+from flatminima.problems.convex_base import ConvexProblem, LossModel, check_count, positive
 from flatminima.problems.convex_risk import Certificate, Check, Risk
 
 
@@ -94,7 +94,11 @@ class SharpSAM1D(ConvexProblem):
 
     def data(self) -> tuple[Tensor, Tensor]:
         """One row, which the loss does not look at."""
-        return self.start.new_zeros(1, 1), self.start.new_zeros(1)
+        return self.fresh(1, 0)
+
+    def fresh(self, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+        """So many rows, which the loss does not look at."""
+        return self.start.new_zeros(check_count("rows", rows), 1), self.start.new_zeros(rows)
 
 
 def _losses(w: Tensor, x: Tensor, *, beta: float) -> Tensor:

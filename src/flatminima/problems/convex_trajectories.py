@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flatminima.problems.convex_base import ConvexProblem, length, positive
+from flatminima.problems.convex_base import ConvexProblem, check_count, length, positive
 
 #: A rule of one's own for SA-GD: ``(w, radius, step) -> v``.
 Oracle = Callable[[Tensor, float, int], Tensor]
@@ -205,8 +205,7 @@ _Look = Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor | None, Tensor, Ten
 
 def _run(problem: ConvexProblem, lr: float, steps: int, start: Tensor | None, look: _Look) -> Trajectory:
     positive("lr", lr)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps counts iterates, w_1 included, and must be an integer >= 1, got {steps!r}")
+    check_count("steps", steps)
     first = problem.start if start is None else start.detach().to(problem.start)
     if first.dim() < 1 or first.shape[-1] != problem.d:
         raise ValueError(f"start: expected points (..., {problem.d}), got a tensor of shape {tuple(first.shape)}")
