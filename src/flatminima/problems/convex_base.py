@@ -114,7 +114,15 @@ class ConvexProblem(ABC):
     def fresh(self, rows: int, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of so many new examples, for the model: validation data."""
 
-    def maximiser(self, w: Tensor, radius: float, tie_break: str, step: int, generator: torch.Generator) -> Tensor:
+    def maximiser(
+        self,
+        w: Tensor,
+        radius: float,
+        tie_break: str,
+        step: int,
+        generator: torch.Generator,
+        iterations: int = 400,
+    ) -> Tensor:
         r"""A maximiser :math:`v` of :math:`F_S(w + v)` over :math:`\lVert v\rVert \le r`, ``(..., d)``.
 
         Args:
@@ -124,11 +132,12 @@ class ConvexProblem(ABC):
                 finds from random starts, a maximiser only up to its own accuracy.
             step: of the run, from 1.
             generator: for the rules that draw.
+            iterations: of ``"power"``, at most.
         """
         if tie_break not in self.tie_breaks:
             raise ValueError(unknown(f"tie-breaking rule of {type(self).__name__}", tie_break, self.tie_breaks))
         if tie_break == "power":
-            return self._ascend(w, radius, self._random_starts(w, radius, 6, generator))
+            return self._ascend(w, radius, self._random_starts(w, radius, 6, generator), iterations)
         return self._exact_maximiser(w, radius, tie_break, step, generator)
 
     def _exact_maximiser(
@@ -157,7 +166,15 @@ class ConvexProblem(ABC):
 
     # ----- sharpness -------------------------------------------------------------------------------------------------
 
-    def sharpness(self, radius: float, w: Tensor | None = None, *, starts: int = 8, seed: int = 0) -> Sharpness:
+    def sharpness(
+        self,
+        radius: float,
+        w: Tensor | None = None,
+        *,
+        closed_form: bool = True,
+        starts: int = 8,
+        seed: int = 0,
+    ) -> Sharpness:
         r"""The sharpness :math:`\max_{\lVert v\rVert\le r} F_S(w + v) - F_S(w)`, exact or between two bounds.
 
         Without a closed form the lower bound is the best of power iterations :math:`v \leftarrow r\,g/\lVert g\rVert`,
@@ -168,12 +185,13 @@ class ConvexProblem(ABC):
         Args:
             radius: :math:`r`, not negative.
             w: the point, ``(d,)``.
+            closed_form: ``False`` searches also where there is one.
             starts, seed: of the random directions.
         """
         _check_radius(radius)
         w = self._point(w)
         value, gradient = self.value_and_gradient(w)
-        closed = self._exact_sharpness(w, radius)
+        closed = self._exact_sharpness(w, radius) if closed_form else None
         if closed is not None:
             risk, direction = closed
             rise = max(0.0, risk - float(value))

@@ -62,6 +62,7 @@ class DeadZoneRegression(ConvexProblem):
         self.start = torch.zeros(d, dtype=dtype)
         self.x = self._drawn((n,) if samples is None else (samples, n), seed)
         self.weights = torch.full((n,), 1.0 / n, dtype=dtype)
+        self._many = False  # several points for each sample
         self.centre = torch.zeros(d, dtype=dtype)
         self.centre[0] = 1.0
 
@@ -75,7 +76,7 @@ class DeadZoneRegression(ConvexProblem):
         twin = DeadZoneRegression(
             self.n, self.d, self.flatness_radius, smoothness=self.smoothness, dtype=self.start.dtype
         )
-        twin.x = self.x.unsqueeze(-3)
+        twin.x, twin._many = self.x, True
         keep = torch.cat([torch.ones(1, self.n), 1.0 - torch.eye(self.n)]).to(self.start)
         twin.weights = keep / self.n
         return twin
@@ -90,7 +91,7 @@ class DeadZoneRegression(ConvexProblem):
         return 0.5 * self.smoothness * self._over(w)[0].square()
 
     def _over(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        along: Tensor = (self.x @ (w - self.centre)[..., None])[..., 0]
+        along = self._times(w - self.centre, self.x.mT)
         return (along.abs() - self.flatness_radius).clamp(min=0.0), along.sign()
 
     def value_and_gradient(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,12 @@ class DeadZoneRegression(ConvexProblem):
         over, sign = self._over(w)
         pull = self.smoothness * over * sign * self.weights
         value = 0.5 * self.smoothness * (over.square() * self.weights).sum(-1)
-        return value, (pull[..., None, :] @ self.x)[..., 0, :]
+        return value, self._times(pull, self.x)
+
+    def _times(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        if matrix.dim() == 2 or self._many:
+            return rows @ matrix
+        return (rows[..., None, :] @ matrix)[..., 0, :]
 
     def population_risk(self, w: Tensor | None = None, *, draws: int = 20_000, seed: int = 0) -> Risk:
         r""":math:`F(w)` in closed form: of :math:`s = \langle x, u\rangle`, the square is Beta(1/2, (d-1)/2) distributed."""

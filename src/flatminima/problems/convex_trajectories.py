@@ -156,6 +156,7 @@ def sagd(
     tie_break: str | Oracle,
     start: Tensor | None = None,
     seed: int = 0,
+    iterations: int = 400,
 ) -> Trajectory:
     r"""Sharpness-aware gradient descent, :math:`v_t \in \arg\max_{\lVert v\rVert\le r} F_S(w_t + v)`, the *global* maximum.
 
@@ -166,11 +167,12 @@ def sagd(
             :class:`~flatminima.problems.SAGDTrap` it decides everything, so there is no default: one of the problem's
             ``tie_breaks``, or a function ``(w, radius, step) -> v`` with step from 1.
         seed: of the rules that draw.
+        iterations: of the rule ``"power"``, at most.
 
     Raises:
         ValueError: a rule that the problem does not have; a function whose displacement is longer than the radius.
 
-    Cost: ``steps`` gradients and the rule; ``"power"`` takes up to 400 gradients for each of six starts.
+    Cost: ``steps`` gradients and the rule; ``"power"`` takes up to ``iterations`` gradients for each of six starts.
 
     Example:
         >>> from flatminima.problems.convex import SAGDTrap
@@ -182,11 +184,12 @@ def sagd(
         auxiliary 0.0 0.0
     """
     positive("radius", radius, zero=True)
+    check_count("iterations", iterations)
     generator = torch.Generator().manual_seed(seed)
 
     def look(w: Tensor, step: int, value: Tensor, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         if isinstance(tie_break, str):
-            v = problem.maximiser(w, radius, tie_break, step, generator)
+            v = problem.maximiser(w, radius, tie_break, step, generator, iterations)
         else:
             v = tie_break(w, radius, step)
             if v.shape != w.shape or not bool((length(v) <= radius * (1 + 1e-6)).all()):
