@@ -33,7 +33,7 @@ def rounded(values: Sequence[float]) -> list[float]:
 def planes() -> dict[str, Any]:
     """Empirical, sharpness-aware and population risk over the plane of the hidden column and the auxiliary axis."""
     f, radius = FlatSharpERM(6, 0.25, sample=Sample.draw(6, 0, "some")), 0.25
-    x, y = torch.linspace(-1.2, 1.2, 49, dtype=torch.float64), torch.linspace(-0.8, 0.8, 33, dtype=torch.float64)
+    x, y = torch.linspace(-1.4, 1.4, 57, dtype=torch.float64), torch.linspace(-0.8, 0.8, 33, dtype=torch.float64)
     hidden, seen = f.unit(f.sample.zeros[0]), f.auxiliary_unit()
     empirical, aware, population = [], [], []
     for s in y.tolist():

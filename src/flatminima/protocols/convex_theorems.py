@@ -79,7 +79,7 @@ def flat_and_sharp() -> list[Claim]:
     sharp.at_most("largest F(sharp)", 0.0, good)
     sharp.at_most("largest F_S(sharp)", 0.0, largest["sharp"])
     sharp.at_most("largest |F_S^r(sharp) − ½r²|", 1e-9, apart["sharp"])
-    return [flat, sharp, _least(), _events(), _hundreds()]
+    return [flat, sharp, _least(), _properties(), _events(), _hundreds()]
 
 
 def _least() -> Claim:
@@ -91,6 +91,28 @@ def _least() -> Claim:
     w *= torch.rand(200, 1, generator=generator, dtype=torch.float64) / w.norm(dim=1, keepdim=True)
     sides = torch.stack([w + radius * s * f.auxiliary_unit() for s in (-1.0, 1.0)])
     claim.at_least("least F_S^r", 0.5 * (radius - 0.25) ** 2, float(f.value_and_gradient(sides)[0].amax(0).min()))
+    return claim
+
+
+def _properties() -> Claim:
+    claim = Claim("Lemmas 2, 3 and 6: every loss is convex, β-smooth and non-negative, and ‖∇f‖² ≤ 2βf",
+                  {"pairs of points": 400, "n": 6}, PAPER)  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    problems: tuple[tuple[str, ColumnProblem], ...] = (
+        ("Theorem 1", FlatSharpERM(6, 0.1, sample=Sample.draw(6, 0))),
+        ("Theorem 3", SAGDTrap(6, 4, 0.1, sample=Sample.draw(6, 0))),
+        ("Theorem 7", SAMTrap(6, 6, 0.25, 0.7, sample=Sample.draw(6, 0))),
+    )
+    for name, f in problems:
+        x, y = torch.randn(2, 400, f.d, generator=generator, dtype=torch.float64)
+        (value, gradient), (_, other) = f.value_and_gradient(x), f.value_and_gradient(y)
+        middle = f.losses((x + y) / 2) / ((f.losses(x) + f.losses(y)) / 2)
+        claim.at_most(f"{name}: largest f((x + y)/2) / ½(f(x) + f(y))", 1.0, float(middle.max()))
+        ratio = (gradient - other).norm(dim=1) / (x - y).norm(dim=1)
+        claim.at_most(f"{name}: largest ‖∇F(x) − ∇F(y)‖ / ‖x − y‖", f.smoothness, float(ratio.max()))
+        claim.at_least(f"{name}: least f", 0.0, float(f.losses(x).min()))
+        square = gradient.norm(dim=1) ** 2 / (2 * f.smoothness * value)
+        claim.at_most(f"{name}: largest ‖∇F‖² / 2βF", 1.0, float(square.max()))
     return claim
 
 

@@ -32,6 +32,7 @@ from flatminima.problems.convex import (
 #: In the trap from half of its depth on, out of it below a hundredth. Where the empirical risk is more than a tenth of the
 #: population risk, the method is at no minimum of the sample, and what it shows is not bad generalisation.
 IN, PARTLY, OUT, LOST = "in the trap", "partly", "out", "at no minimum"
+MEASURED = "measurement"
 VALIDATION = 200  # fresh examples that SWAD looks at
 EVERY = 8  # steps between its evaluations
 
@@ -173,7 +174,7 @@ _SGD = _plain(lambda trap, p: torch.optim.SGD(p, lr=trap.lr))
 _SAM = _sharpness_aware("sam")
 METHODS: tuple[Method, ...] = (
     Method("gradient descent", _SGD),
-    Method("SGD, one example a step", _one_by_one),
+    Method("single-example SGD", _one_by_one),
     Method("momentum 0.9", _plain(lambda trap, p: torch.optim.SGD(p, lr=trap.lr, momentum=0.9))),
     Method("Adam", _plain(lambda trap, p: torch.optim.Adam(p, lr=trap.lr))),
     Method("SAM", _SAM),
@@ -209,7 +210,7 @@ def zoo(progress: Callable[[float], None] | None = None) -> dict[str, Any]:
     Returns:
         JSON-ready: ``traps``, and per method ``label`` and one cell for each trap with ``value``, ``share`` of the depth,
         ``verdict``, ``moved`` (the distance from the start), ``risk``, ``empirical_risk``, ``why`` (what decides the cell, or
-        "measurement"); ``None`` where a method does not apply.
+        "measurement") and ``expected`` (the verdict that follows); ``None`` where a method does not apply.
     """
     found = traps()
     rows: list[dict[str, Any]] = []
@@ -269,6 +270,7 @@ def _average(kind: str, model: nn.Module, steps: int) -> SWA | EMA | LAWA | Tail
 
 def _cell(trap: Trap, label: str, w: Tensor) -> dict[str, Any]:
     value = trap.measure(w)
+    why, expected = covered(trap.name, label)
     share, risk, empirical = value / trap.depth, trap.problem.population_risk(w), trap.problem.empirical_risk(w)
     verdict = IN if share >= 0.5 else OUT if share < 0.01 else PARTLY
     if verdict != OUT and trap.quantity == "risk" and empirical > 0.1 * risk.value:
@@ -281,33 +283,35 @@ def _cell(trap: Trap, label: str, w: Tensor) -> dict[str, Any]:
         "risk": risk.value,
         "risk_error": risk.error,
         "empirical_risk": empirical,
-        "why": covered(trap.name, label),
+        "why": why,
+        "expected": expected,
     }
 
 
-_STILL = "the gradient at the start is zero"
-
-
-def covered(trap: str, label: str) -> str:
-    """What decides a cell before it is run: a theorem, or an argument of one line; else "measurement"."""
+def covered(trap: str, label: str) -> tuple[str, str | None]:
+    """What decides a cell before it is run (a theorem, or an argument of one line), and the verdict that follows."""
+    rule = label.rsplit(" ", 1)[-1] if label.startswith("SA-GD, exact") else ""
     if trap == "theorem 1":
-        return "no gradient of the sample's losses has a component along the hidden column"
-    exact = label.startswith("SA-GD, exact")
+        return "no gradient of the sample's losses has a component along the hidden column", IN
     if trap == "theorem 3":
-        if exact:
-            known = {"adversarial": "Theorem 3", "auxiliary": "a one-dimensional recursion"}
-            return known.get(label.rsplit(" ", 1)[-1], "measurement")
+        known = {"adversarial": ("Theorem 3", IN), "auxiliary": ("a recursion on the auxiliary axis", OUT)}
+        if rule:
+            return known.get(rule, (MEASURED, None))
         noisy = ("random perturbation", "bSAM", "F2M")
-        return "measurement" if label.startswith(noisy) else _STILL
+        return (MEASURED, None) if label.startswith(noisy) else ("the gradient at the start is zero", OUT)
     if trap == "theorem 6":
-        known = {"SAM": "the recursion w ← (1 − η) w − η r, frozen at the first w ≤ 0",
-                 "gradient descent": "the recursion w ← (1 − η) w"}  # fmt: skip
-        return "the recursion w ← w − η (w + r)" if exact else known.get(label, "measurement")
-    if label in ("SAM", "SWA of SAM"):
-        return "Theorem 7" if label == "SAM" else "Theorem 7, the mean of iterates 2 to T"
-    if label in ("gradient descent", "SWA of gradient descent"):
-        return "the trigger alone has a gradient, below 1e-8"
-    return "measurement"
+        known = {
+            "SAM": ("w ← (1 − η) w − η r, frozen at the first w ≤ 0", IN),
+            "gradient descent": ("w ← (1 − η) w", IN),
+        }
+        return ("w ← w − η (w + r)", OUT) if rule else known.get(label, (MEASURED, None))
+    known = {
+        "SAM": ("Theorem 7", IN),
+        "SWA of SAM": ("Theorem 7, the mean of iterates 2 to T", IN),
+        "gradient descent": ("the trigger alone has a gradient, below 1e-8", OUT),
+        "SWA of gradient descent": ("the trigger alone has a gradient, below 1e-8", OUT),
+    }
+    return known.get(label, (MEASURED, None))
 
 
 def counted(rows: Sequence[dict[str, Any]], trap: int, verdict: str) -> list[str]:
