@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import flatminima
 from conftest import TINY_ARGUMENTS, Comparison, Outcome
-from flatminima.measures import MEASURES
+from flatminima.measures import MEASURES, resolve
 
 Run = Callable[..., Outcome]
 
@@ -178,8 +178,8 @@ def test_measure_gives_the_users_numbers(run: Run, target: Path, weights: Path, 
     assert outcome.status == 0, outcome.err
     assert outcome.out.splitlines()[-1] == str(path)
     content = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert list(content["measures"]) == list(MEASURES)
-    for measure in MEASURES.values():
+    assert list(content["measures"]) == [m.name for m in resolve()]
+    for measure in resolve():
         assert measure.label.split()[0][:8] in outcome.out
 
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
@@ -228,7 +228,7 @@ def test_measure_gives_curvature_with_errors_on_a_page(run: Run, target: Path, w
     assert found == json.loads(path.read_text())
     assert found["command"] == " ".join(["flatminima", *map(str, arguments)])
     assert found["data"]["rows"] == 32
-    assert list(found["measures"]) == list(MEASURES)
+    assert list(found["measures"]) == [m.name for m in resolve()]
     assert [pair["rank"] for pair in found["eigenvalues"]] == [1, 2, 3]
     assert [row["name"] for row in found["layers"]] == ["0", "2"]
     assert found["density"]["runs"] == 3

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from conftest import TINY, TINY_ARGUMENTS, Comparison, Outcome
 from flatminima import data, models
-from flatminima.measures import MEASURES
+from flatminima.measures import resolve
 from flatminima.study import compare as compare_module
 from flatminima.study.checkpoint import load_weights
 from flatminima.study.compare import RunJob, compare, execute
@@ -227,7 +227,7 @@ def test_the_statistics_are_those_of_the_runs(comparison: Comparison) -> None:
         assert (entry["n"], entry["failed"]) == (2, 0)
         assert entry["test_accuracy"] == interval([r["test_accuracy"] for r in mine])
         assert entry["generalisation_gap"] == interval([r["test_loss"] - r["train_loss"] for r in mine])
-        for name in MEASURES:
+        for name in (m.name for m in resolve()):
             values = [r["measures"][name]["value"] for r in mine]
             shown = {key: value for key, value in entry["measures"][name].items() if key != "error"}
             assert shown == interval(values)
@@ -247,7 +247,7 @@ def test_the_audit_is_that_of_the_first_seeds(comparison: Comparison) -> None:
     assert all(change < 1e-9 for change in audit["proofs"].values())
     for run in comparison.results["runs"]:
         assert (run["audit"] is not None) == (run["seed"] == 0)
-    for name, measure in MEASURES.items():
+    for name, measure in ((m.name, m) for m in resolve()):
         for kind in audit["symmetries"]:
             cells = [r["audit"][name][kind]["max_ratio"] for r in comparison.results["runs"] if r["audit"]]
             assert audit["max_ratio"][name][kind] == (None if None in cells else max(cells))

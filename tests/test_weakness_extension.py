@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from flatminima.measures.weakness import FeatureError, exact_extension, pair_proxy
-from weakness_fixture import EPSILON, rows, trained
+from features_fixture import EPSILON, rows, trained
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "weakness_features.json").read_text())
 

@@ -16,7 +16,7 @@ from flatminima.data import DataError
 from flatminima.measures.weakness import Certificate, FeatureError, PairProxy, features, pair_proxy
 from flatminima.measures.weakness import decisions as decisions_module
 from flatminima.measures.weakness.simplex import DualSimplex
-from weakness_fixture import cold_status, trained
+from features_fixture import cold_status, trained
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "weakness_features.json").read_text())
 RNG = np.random.default_rng(0)

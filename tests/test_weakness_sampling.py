@@ -12,7 +12,7 @@ from flatminima.measures.weakness import FeatureError, sample_completions, versi
 from flatminima.measures.weakness.cone import Cone, uniform_ball
 from flatminima.measures.weakness.diagnostics import effective_sample_size, split_rhat
 from flatminima.measures.weakness.frame import FeatureProblem
-from weakness_fixture import trained
+from features_fixture import trained
 
 TRIANGLE = (np.array([[0.0, 0], [1, 0], [0, 1]]), [0, 1, 2], np.array([[0.5, 0.5], [2, 0], [-1, -1], [0.2, 0.2]]))
 

@@ -1,57 +1,47 @@
-"""What the tests of weakness share: the cold linear programs that decide pairs one by one, and trained features."""
+"""The two-layer ReLU network of the vectors, at all its points."""
 
 from __future__ import annotations
 
-from functools import cache
+import json
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.optimize import linprog
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from flatminima.measures.weakness import features
-from flatminima.protocols.small_data import small_data, train_small
+from flatminima import Objective
 
-Features = tuple[NDArray, NDArray, NDArray, NDArray]  # training features and labels, probe features and labels
-EPSILON = 1e-4  # margin of the notebooks
-
-
-def rows(points: NDArray, labels: NDArray, classes: int) -> NDArray:
-    """Every row ``(e_y - e_c) (x) [phi, 1]``, class-major, as the definition has them."""
-    extended = np.concatenate([points, np.ones((len(points), 1))], axis=1)
-    out = []
-    for x, y in zip(extended, labels, strict=True):
-        for c in range(classes):
-            if c != y:
-                row = np.zeros((classes, len(x)))
-                row[y] += x
-                row[c] -= x
-                out.append(row.ravel())
-    return np.array(out)
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "weakness_relu.json").read_text())
+POINTS: dict[str, dict[str, Any]] = VECTORS["points"]
+LAYER_SCALES = {"base": 1.0, "layer_alpha=0.1": 0.1, "layer_alpha=2.0": 2.0, "layer_alpha=10.0": 10.0}
 
 
-def cold_status(train: NDArray, labels: NDArray, probes: NDArray, classes: int) -> NDArray:
-    """Status of one cold HiGHS program per (probe, class): 0 feasible, 2 infeasible, 4 numerical trouble."""
-    base = rows(train, labels, classes)
-    found = np.empty((len(probes), classes), dtype=int)
-    for j, probe in enumerate(probes):
-        for c in range(classes):
-            system = np.concatenate([base, rows(probe[None], np.array([c]), classes)])
-            found[j, c] = linprog(
-                np.zeros(system.shape[1]), A_ub=-system, b_ub=np.full(len(system), -EPSILON), bounds=(None, None),
-                method="highs",
-            ).status  # fmt: skip
-    return found
+def network(point: str = "base") -> nn.Sequential:
+    w1, b1, w2, b2 = (
+        torch.tensor(VECTORS["setup"]["params"][k], dtype=torch.float64) for k in ("W1", "b1", "W2", "b2")
+    )
+    scales = [0.5, 2.0, 4.0] if point == "neuron_D=[0.5,2,4]" else [LAYER_SCALES.get(point, 1.0)] * 3
+    units = torch.tensor(scales, dtype=torch.float64)
+    heat = 3.0 if point == "temperature_x3" else 1.0
+    return with_parameters(units[:, None] * w1, units * b1, heat * w2 / units, heat * b2)
 
 
-@cache
-def trained(name: str, seed: int, units: int = 8, probes: int = 100) -> Features:
-    """Features of a network of two hidden layers, 64 and ``units`` wide, trained on 250 rows."""
-    data = small_data(name, rows=250, probes=probes)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small only wait for each other
-    model = train_small(data, hidden=(64, units), seed=seed).model
-    torch.set_num_threads(threads)
-    return (
-        features(model, data.x).numpy(), data.y.numpy(), features(model, data.probes).numpy(), data.probe_labels.numpy(),
-    )  # fmt: skip
+def with_parameters(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        for p, value in zip(net.parameters(), (w1, b1, w2, b2), strict=True):
+            p.copy_(value)
+    return net
+
+
+def data() -> tuple[Tensor, Tensor]:
+    return torch.tensor(VECTORS["setup"]["X"], dtype=torch.float64), torch.tensor(VECTORS["setup"]["y"])
+
+
+def objective(point: str = "base") -> Objective:
+    return Objective(network(point), F.cross_entropy, data())
+
+
+def dense_hessian(f: Objective) -> Tensor:
+    return f.hvp(torch.eye(f.n, dtype=f.dtype))

@@ -67,7 +67,7 @@ class AuditReport:
 
     @property
     def verdicts(self) -> dict[str, str]:
-        """Measure -> "survives", "changes up to x...", "undecided: ..." or "not tested" where no symmetry was found."""
+        """Measure -> "survives", "changes up to x...", "undecided: ...", "does not apply", or "not tested" without symmetry."""
         return {name: self._verdict(name) for name in self.measurements}
 
     def max_ratio(self) -> dict[str, dict[str, float]]:
@@ -104,7 +104,7 @@ class AuditReport:
                 name,
                 f"{m.value:.4g}",
                 "" if m.error is None else f"{m.error:.1g}",
-                *[f"x{ratios[name][kind]:.4g}" for kind in kinds],
+                *[f"x{ratios[name][kind]:.4g}" if kind in ratios[name] else "" for kind in kinds],
                 self.verdicts[name],
             ]
             for name, m in self.measurements.items()
@@ -117,6 +117,8 @@ class AuditReport:
 
     def _verdict(self, name: str) -> str:
         mine = [c for c in self.changes if c.measure == name]
+        if not self.measurements[name].applies:
+            return "does not apply"
         if not mine:
             return "not tested"
         moved = [c for c in mine if c.significant]
@@ -150,7 +152,7 @@ def audit(
         model: any module.
         loss_fn: mean loss over the rows.
         data: one ``(x, y)`` pair or an iterable of pairs, as for :class:`~flatminima.Objective`; inputs are one tensor each.
-        measures: names; all registered ones by default.
+        measures: names or groups of names; the default ones by default.
         members: random members per symmetry.
         max_scale: largest scale factor.
         options: radii and accuracies of the measures.
@@ -178,6 +180,7 @@ def audit(
     # The one construction that checks the function; its copies below are the same function in other coordinates.
     Objective(original, loss_fn, pairs)
     base = _measure(original, loss_fn, pairs, names, options, seed)
+    tested = [name for name in names if base[name].applies]
     inputs = pairs[0][0]
     search = find_symmetries(original, inputs[:_PROBE_ROWS])
     generator = torch.Generator().manual_seed(seed)
@@ -195,9 +198,9 @@ def audit(
                     "(relative); the audit would be meaningless. Lower max_scale if the outputs are ill-conditioned"
                 )
             worst = max(worst, proof.max_change)
-            measured.append(_measure(member.apply(original), loss_fn, pairs, names, options, seed))
+            measured.append(_measure(member.apply(original), loss_fn, pairs, tested, options, seed))
         proofs[symmetry.kind] = worst
-        changes += [_change(name, symmetry.kind, base[name], [m[name] for m in measured]) for name in names]
+        changes += [_change(name, symmetry.kind, base[name], [m[name] for m in measured]) for name in tested]
     return AuditReport(base, tuple(changes), proofs, tuple(search.rejected), members)
 
 

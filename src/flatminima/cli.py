@@ -19,14 +19,14 @@ import flatminima
 from flatminima import cli_measure
 from flatminima.audit import audit as run_audit
 from flatminima.data import DATASETS, DataError
-from flatminima.measures import MEASURES, MeasureOptions
-from flatminima.measures.base import resolve
+from flatminima.measures import GROUPS, MEASURES, MeasureOptions, resolve
 from flatminima.models import MODELS
 from flatminima.objective import SECOND_ORDER, NonFiniteLossError, Objective, ObjectiveError
 from flatminima.protocols import reproduce_convex, reproduce_factorization
 from flatminima.report import render
 from flatminima.report.convex_page import render_convex, zoo_table
 from flatminima.report.factorization_page import render_factorization
+from flatminima.report.measure_list import invariance_table, kinds_table
 from flatminima.report.terminal import audit_table, compare_table, measurement_tables, reproduction_tables
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
@@ -164,7 +164,12 @@ _Reference = Annotated[
 _Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights: safetensors, or a state_dict from torch.save. Pickles are refused.")
 ]
-_Measures = Annotated[str | None, typer.Option(help=f"Comma-separated; default all: {', '.join(MEASURES)}.")]
+_MEASURES_HELP = f"Comma-separated names (flatminima measures lists them) or {', '.join(GROUPS)}"
+_Measures = Annotated[str | None, typer.Option(help=f"{_MEASURES_HELP}; 'default' by default.")]
+_Option = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="Of the measures, such as micro_batch=64; repeat."),
+]
 _Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers there.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 
@@ -173,9 +178,8 @@ _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 def measure(
     reference: _Reference,
     checkpoint: _Checkpoint = None,
-    measures: Annotated[
-        str | None, typer.Option(help=f"Comma-separated; none: none of them; default all: {', '.join(MEASURES)}.")
-    ] = None,
+    measures: Annotated[str | None, typer.Option(help=f"{_MEASURES_HELP}, or none; 'default' by default.")] = None,
+    option: _Option = None,
     rho: Annotated[float, typer.Option(help="Radius of SAM sharpness.")] = MeasureOptions.rho,
     adaptive_rho: Annotated[float, typer.Option(help="Radius of adaptive sharpness.")] = MeasureOptions.adaptive_rho,
     radius: Annotated[float, typer.Option(help="Length of random displacements.")] = MeasureOptions.radius,
@@ -212,9 +216,10 @@ def measure(
         rho=rho, adaptive_rho=adaptive_rho, radius=radius, max_probes=max_probes,
         rtol=MeasureOptions.rtol if rtol is None else rtol,
         max_products=MeasureOptions.max_products if max_products is None else max_products,
-    )  # fmt: skip
+    ).assigned(option or [])  # fmt: skip
+    names = [] if measures == "none" else _names(measures)
     settings = cli_measure.settings(
-        names=[] if measures == "none" else _names(measures), options=options, top=top, smallest=smallest, density=density,
+        names=names, options=options, top=top, smallest=smallest, density=density,
         trace=trace, layers=layers, matrix=matrix, rtol=rtol, trace_rtol=trace_rtol, runs=runs, steps=steps,
         max_products=max_products, seed=seed,
     )  # fmt: skip
@@ -224,10 +229,22 @@ def measure(
     target = _target(reference, checkpoint, device)
     data = target.data if rows is None else first_rows(target.data, rows)
     objective = Objective(target.model, target.loss_fn, data, second_order=second_order, max_memory=memory)
+    cli_measure.refuse_inapplicable(objective, names or [])
     command = shlex.join(["flatminima", *sys.argv[1:]])
     found = cli_measure.run(objective, settings, command, _err)
     _out.print(measurement_tables(found))
     cli_measure.save(found, out, json_path, _out)
+
+
+@app.command("measures")
+def list_measures(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The tables of docs/measures.md instead.")] = False,
+) -> None:
+    """List the measures: what they cost, and what reparameterisations they survive."""
+    if markdown:
+        _out.print(f"{kinds_table()}\n\n{invariance_table()}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        _out.print(cli_measure.listing())
 
 
 @app.command()

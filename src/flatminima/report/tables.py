@@ -251,10 +251,15 @@ def _measurement_cells(measurement: Mapping[str, Any]) -> list[Cell]:
     value, error = as_float(measurement.get("value")), as_float(measurement.get("error"))
     shown = (value,) if value is not None and not error else (value, error)
     converged, cost = measurement.get("converged"), as_finite(measurement.get("cost"))
+    kind = str(measurement.get("error_kind") or MISSING)
+    if kind == "not applicable":
+        reached = Cell(MISSING)
+    else:
+        reached = Cell("no" if converged is False else "yes", tone="bad" if converged is False else "")
     return [
         Cell(with_error(value, error), values=shown if value is not None else ()),
-        Cell(str(measurement.get("error_kind") or MISSING)),
-        Cell("no" if converged is False else "yes", tone="bad" if converged is False else ""),
+        Cell(kind),
+        reached,
         _number_cell(cost, None if cost is None else f"{cost:g}"),
         Cell(str(measurement.get("note") or "")),
     ]

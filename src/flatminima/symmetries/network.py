@@ -1,0 +1,83 @@
+"""What finders are given: one run of a model, and the analyses of it, each made when it is first asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from .flow import Flow
+from .heads import Attention, heads
+from .identity import Identity
+from .parameters import Parameters
+from .rewrite import normalised
+from .scales import Scales
+from .tape import Tape
+
+
+class Network:
+    """A recorded run and what is known about it.
+
+    Attributes:
+        tape: the run, with normalisations in one form.
+        mode: ``'eval'`` or ``'train'``, as it was recorded.
+    """
+
+    def __init__(self, tape: Tape, mode: str = "eval") -> None:
+        self.tape, self.mode = normalised(tape), mode
+
+    @cached_property
+    def flow(self) -> Flow:
+        """Positive scales, carried through every operation."""
+        return Flow(self.tape, Parameters(self.tape))
+
+    @cached_property
+    def scales(self) -> Scales:
+        """Groups of units whose scales are free."""
+        return Scales(self.flow)
+
+    @cached_property
+    def raw(self) -> Scales:
+        """Groups of units that move together, with nothing decided about normalisations, outputs, products and ties."""
+        return Scales(self.flow, raw=True)
+
+    @cached_property
+    def through_norms(self) -> Scales:
+        """Groups of units whose scales would be free if normalisations had no ``eps``."""
+        return Scales(self.flow, through_norms=True)
+
+    @cached_property
+    def to_output(self) -> Scales:
+        """Groups of units whose scales are free if one factor of all outputs does not matter."""
+        return Scales(self.flow, to_output=True)
+
+    @cached_property
+    def standing(self) -> Scales:
+        """Groups of units of equal standing, by their identity."""
+        return Scales(Identity(self.tape, Parameters(self.tape)), raw=True)
+
+    @cached_property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Every pair of matrix products that makes an attention."""
+        return tuple(heads(self))
+
+    def typical(self, name: str) -> float:
+        """The root mean square of a parameter, 1 where it is zero."""
+        return float(self.tape.parameters[name].tensor.square().mean().sqrt()) or 1.0
+
+    def times_used(self, name: str) -> int:
+        """How often the run uses a parameter, as a weight or as numbers of their own."""
+        return len(self.raw.uses_of[name])
+
+    @cached_property
+    def trades(self) -> Scales:
+        """The same where one of two factors grows as the other shrinks."""
+        return Scales(self.flow, trade=True)
+
+    @cached_property
+    def suspects(self) -> Scales:
+        """Groups that would be free if smooth activations were homogeneous."""
+        return Scales(Flow(self.tape, Parameters(self.tape), "suspect"))
+
+    @cached_property
+    def flips(self) -> Scales:
+        """Groups of units whose signs are free."""
+        return Scales(Flow(self.tape, Parameters(self.tape), "odd"))

@@ -1,0 +1,216 @@
+"""Residual streams: spaces that layers only write to, add to and read from.
+
+Nothing in such a network singles out a basis of the stream. All that writes to it may be multiplied by A, and all that reads
+it by ``A^-1`` from the right:
+
+* without a normalisation A is any invertible matrix, and the map is linear in the parameters;
+* a layer or RMS normalisation commutes with orthogonal matrices only; layer normalisation moreover removes the mean, so that
+  A has to keep the vector of ones. Behind a normalisation with gain g and bias b, with ``M = diag(g) Q diag(1/g)``: readers
+  are multiplied by ``M^-1``, b by M, and g stays. That is not linear in (g, b, W) jointly, so no law for all of the Hessian
+  follows; without a gain it is orthogonal.
+
+A tied embedding writes to the stream and reads it as well: both uses agree if the gain in between is constant, else the map is
+refused. Layers in a row without an activation are such a space too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .actions import Action, Mix
+from .attention import alike
+from .base import Findings, Site, Symmetry
+from .classes import FIXED, pairs, position_among
+from .flow import NormUse
+from .network import Network
+from .scales import NORMS, Group, TiedError
+from .sites import Slices, invertible, orthogonal, slices
+
+
+def find(network: Network) -> Findings:
+    """Every stream."""
+    found: list[_Stream] = []
+    refused: list[tuple[str, str]] = []
+    for group in network.raw.groups:
+        linear = group.categories <= {"write", "read", "scaled", "norm"} and group.categories & {"read", *NORMS}
+        if len(group.roots) > 1 and group.writers and "write" in group.categories and linear:
+            try:
+                found.append(_stream(group, network))
+            except (TiedError, ValueError) as reason:
+                refused.append((group.name, f"residual-stream: {reason}"))
+    if not found:
+        return Findings((), tuple(refused))
+    places: list[Site] = list(found)
+    is_linear = all(site.is_linear for site in found)
+    is_orthogonal = is_linear and all(site.orthogonal for site in found)
+    form = "linear" if is_linear else "nonlinear"
+    return Findings((Symmetry.of("residual-stream", places, form=form, orthogonal=is_orthogonal),), tuple(refused))
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Slices of a tensor, and which matrix they take: ``A``, ``A^-T``, or, behind a gain g, ``M`` or ``M^-T``."""
+
+    slices: Slices
+    matrix: str
+    gain: Tensor | None = None
+
+    def agrees(self, other: _Part) -> bool:
+        """Whether both do the same to the same elements."""
+        if self.matrix != other.matrix or not torch.equal(self.slices.positions, other.slices.positions):
+            return False
+        return self.gain is other.gain or (
+            self.gain is not None and other.gain is not None and torch.equal(self.gain, other.gain)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Stream:
+    name: str
+    units: int
+    parts: tuple[_Part, ...]
+    orthogonal: bool
+    keeps_ones: bool
+
+    @property
+    def is_linear(self) -> bool:
+        return all(part.gain is None for part in self.parts)
+
+    def sample(self, generator: torch.Generator, max_scale: float) -> tuple[Action, ...]:
+        if self.orthogonal:
+            a = _keeping_ones(generator, self.units) if self.keeps_ones else orthogonal(generator, self.units)
+            undone = a.T
+        else:
+            a, undone = invertible(generator, max_scale, self.units)
+        actions = []
+        for part in self.parts:
+            matrix, inverse = (a, undone) if part.matrix in ("A", "M") else (undone.T, a.T)
+            if part.gain is not None:
+                g = part.gain if part.matrix == "M" else 1.0 / part.gain
+                matrix, inverse = g[:, None] * matrix / g, g[:, None] * inverse / g
+            actions.append(Mix(part.slices.name, part.slices.shape, part.slices.positions, matrix, inverse))
+        return tuple(actions)
+
+
+def _keeping_ones(generator: torch.Generator, units: int) -> Tensor:
+    """A random orthogonal matrix Q with ``Q 1 = 1``."""
+    basis: Tensor = torch.linalg.qr(
+        torch.cat([torch.ones(units, 1, dtype=torch.float64), orthogonal(generator, units)[:, 1:]], 1)
+    ).Q
+    inner = torch.eye(units, dtype=torch.float64)
+    inner[1:, 1:] = orthogonal(generator, units - 1)
+    return basis @ inner @ basis.T
+
+
+@dataclass(frozen=True, eq=False)
+class _Behind:
+    """The units behind a normalisation of a stream: their classes in the order of the stream, and their gain, if any."""
+
+    roots: Tensor
+    gain: Tensor | None
+
+
+def _stream(group: Group, network: Network) -> _Stream:
+    if not alike(network, group.roots):
+        raise ValueError("its units are multiplied by different constants")
+    norms = [use for use in network.flow.norms if _reads(use, group, network)]
+    behind = [_behind(use, group, network) for use in norms]
+    parts: list[_Part] = []
+    for name in network.raw.uses_of:
+        parts += _agreed(name, group, behind, network)
+    keeps_ones = any(use.norm.centred for use in norms)
+    name = group.name if group.readers else f"{group.name}{', '.join(dict.fromkeys(use.call.module for use in norms))}"
+    return _Stream(name, len(group.roots), tuple(parts), bool(norms), keeps_ones)
+
+
+def _reads(use: NormUse, group: Group, network: Network) -> bool:
+    return bool(torch.isin(network.raw.classes.roots(use.before)[0], group.roots).any())
+
+
+def _behind(use: NormUse, group: Group, network: Network) -> _Behind:
+    """What a normalisation hands on; refused if anything but linear layers receives it."""
+    where = network.tape.describe(use.call)
+    before = network.raw.classes.roots(use.before)[0].reshape(-1)
+    if use.norm.style != "layer" or not torch.equal(torch.sort(before).values, group.roots):
+        raise ValueError(f"{where} does not normalise exactly its units")
+    gains = dict(
+        pair
+        for normal, gain in network.flow.gains
+        if bool(torch.isin(normal, use.after).any())
+        for pair in pairs(normal, gain)
+    )
+    after = use.after.reshape(-1)[torch.argsort(before)]
+    labels = torch.tensor([gains.get(label, label) for label in after.tolist()])
+    roots = network.raw.classes.roots(labels)[0]
+    met = {category for root in roots.tolist() for category in network.raw.met[root]}
+    linear = met <= {"gain", "read", "scaled"} and alike(network, roots)
+    if bool((roots <= FIXED).any()) or len(torch.unique(roots)) != len(roots) or not linear:
+        raise ValueError(f"what {where} puts out is not only read by linear layers")
+    return _Behind(roots, _gain(labels, network) if gains else None)
+
+
+def _gain(labels: Tensor, network: Network) -> Tensor | None:
+    """The values of a gain, by its labels; None where it is constant and commutes with everything."""
+    for name, found in network.raw.uses_of.items():
+        for entry, is_data in found:
+            if is_data and bool(torch.isin(labels, entry.out).all()):
+                value = network.tape.parameters[name].tensor
+                flat = entry.out.expand(value.shape).reshape(-1)
+                order = [int((flat == label).nonzero()[0, 0]) for label in labels.tolist()]
+                gain = value.reshape(-1)[order].double()
+                if bool((gain == 0).any()):
+                    raise ValueError(f"the gain '{name}' has zeros")
+                return gain
+    raise ValueError("the gain behind its normalisation is computed")
+
+
+def _agreed(name: str, group: Group, behind: list[_Behind], network: Network) -> Iterator[_Part]:
+    """What happens to one parameter, if all its uses agree."""
+    found = network.raw.uses_of[name]
+    shape = tuple(network.flow.parameters.numbers[name].shape)
+    plays = [(entry, list(_parts(name, shape, entry, group, behind, network))) for entry, _ in found]
+    moving = [parts for _, parts in plays if parts]
+    for entry, parts in plays:
+        for others in moving:
+            covered = any(bool((entry.out.expand(shape).reshape(-1)[o.slices.positions] > -1).any()) for o in others)
+            if covered and not (
+                len(parts) == len(others) and all(a.agrees(b) for a, b in zip(parts, others, strict=True))
+            ):
+                raise TiedError(
+                    f"'{name}' is used {len(found)} times in the forward pass and not alike (tied parameters)"
+                )
+    done: list[_Part] = []
+    for parts in moving:
+        for part in parts:
+            if not any(torch.equal(part.slices.positions, other.slices.positions) for other in done):
+                done.append(part)
+                yield part
+
+
+def _parts(
+    name: str, shape: tuple[int, ...], entry: object, group: Group, behind: list[_Behind], network: Network
+) -> Iterator[_Part]:
+    roots = network.raw.classes.roots
+    both = "A" if behind else "A^-T"  # an orthogonal A is its own A^-T
+    for labels, matrix in ((entry.out, "A"), (entry.into, both)):  # type: ignore[attr-defined]
+        part = slices(name, shape, position_among(roots(labels)[0], group.roots), len(group.roots))
+        if part is not None:
+            yield _Part(part, matrix)
+    for after in behind:
+        ordered, place = torch.sort(after.roots)
+        for labels, matrix in ((entry.out, "M"), (entry.into, "M^-T")):  # type: ignore[attr-defined]
+            if matrix == "M" and bool(torch.isin(labels, _gain_labels(network)).any()):
+                continue
+            unit = position_among(roots(labels)[0], ordered)
+            part = slices(name, shape, torch.where(unit >= 0, place[unit], -1), len(ordered))
+            if part is not None:
+                yield _Part(part, "A" if after.gain is None else matrix, after.gain)
+
+
+def _gain_labels(network: Network) -> Tensor:
+    found = [event.labels for event in network.flow.events if event.category == "gain"]
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)

@@ -1,0 +1,361 @@
+"""The diagonal symmetries of a network: groups of units whose scales are free, with every weight that follows them.
+
+`Flow` says which labels move together while nothing is decided about normalisations, outputs, tied weights and products of
+units. Here the decisions are taken, and what is still free is collected.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .classes import FIXED, pairs, position_among, unique
+from .flow import Event, Flow
+from .parameters import NONE, Entry, condensed
+from .sites import Draw, Entries, Rescaling, Slices, slices
+from .tape import INPUT, PARAMETER, Value
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units that the same layers write and read, and that meet the same operations.
+
+    Attributes:
+        roots: the class of each unit, (units,).
+        writers, readers: layers, in the order of the run.
+        events: what the units meet.
+        entries: every weight that follows their scales.
+    """
+
+    roots: Tensor
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    events: tuple[Event, ...]
+    entries: tuple[Entries, ...]
+
+    @property
+    def name(self) -> str:
+        """For people: ``'fc1 -> fc2'``."""
+        return f"{brief(self.writers)} -> {brief(self.readers)}"
+
+    @cached_property
+    def categories(self) -> frozenset[str]:
+        """Of the events."""
+        return frozenset(event.category for event in self.events)
+
+    def rescaling(self, draw: Draw) -> Rescaling:
+        """The site with one scale for each unit."""
+        return Rescaling(self.name, len(self.roots), self.entries, draw)
+
+
+NORMS = frozenset({"norm", "batch-norm"})
+
+
+def brief(names: tuple[str, ...], most: int = 4) -> str:
+    """The names with commas; of many the first ones and how many more."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} more"
+
+
+class Scales:
+    """The groups of a flow.
+
+    Args:
+        flow: of any group.
+        trade: of two free tensors that are multiplied, let one grow as the other shrinks; else one of them is held fixed.
+        through_norms: take the ``eps`` of a normalisation for 0, so that a common scale of what it normalises is free.
+        to_output: let one factor of all outputs be free.
+        raw: decide nothing; only layers that run several times have their units identified.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        *,
+        trade: bool = False,
+        through_norms: bool = False,
+        to_output: bool = False,
+        raw: bool = False,
+    ) -> None:
+        self.flow, self.classes = flow, flow.classes.copy()
+        self._through_norms, self._to_output, self._raw = through_norms, to_output, raw
+        self._entries = [entry for use in flow.uses for entry in use.entries]
+        self._data = flow.parameters.data_entries(flow.classes)
+        self.uses_of: dict[str, list[tuple[Entry, bool]]] = defaultdict(list)
+        for is_data, entries in ((False, self._entries), (True, self._data)):
+            for entry in entries:
+                self.uses_of[entry.name].append((entry, is_data))
+        if raw:
+            self._settle_parallel()
+        else:
+            self._judge()
+            self._settle_products(trade)
+            self._settle_ties()
+            self._settle_products(trade)
+        self.classes.freeze()
+
+    def _judge(self) -> None:
+        for event in self.flow.events:
+            if event.category in NORMS and event.call is not None and not self._through_norms:
+                where = self.flow.tape.describe(event.call)
+                self.classes.fix(event.labels, f"its units reach {where}, which takes their scale away")
+            elif event.category == "output" and self._to_output:
+                self.classes.tie(event.labels, event.labels[:1], "its units reach the output")
+            elif event.category == "output":
+                self.classes.fix(event.labels, "its units reach the output")
+            elif event.category == "contracted":
+                self.classes.fix(event.labels, "its units are multiplied with other units and summed")
+        for use in self.flow.norms:
+            self.classes.fix(use.after, "a normalisation sets their scale")
+            if self._through_norms:
+                for together in use.together():
+                    self.classes.tie(together, together[:1], "they are normalised together")
+
+    def _settle_products(self, trade: bool) -> None:
+        pending = [(p.first, p.second, p.out, p.call) for p in self.flow.products]
+        while pending:
+            left = []
+            for a, b, out, call in pending:
+                fixed_a, fixed_b = (self.classes.roots(labels)[0] <= FIXED for labels in (a, b))
+                why = f"its units are multiplied by others at {self.flow.tape.describe(call)}"
+                self.classes.tie(out[fixed_a], b[fixed_a], why)
+                self.classes.tie(out[fixed_b & ~fixed_a], a[fixed_b & ~fixed_a], why)
+                free = ~(fixed_a | fixed_b)
+                (root_a, ratio_a), (root_b, ratio_b) = self.classes.roots(a), self.classes.roots(b)
+                for i in (free & (root_a == root_b)).nonzero().reshape(-1).tolist():
+                    self.classes.tie(out[i], a[i], why, float((ratio_a[i] + ratio_b[i]) / ratio_a[i]))
+                free &= root_a != root_b
+                if bool(free.any()):
+                    left.append((a[free], b[free], out[free], call))
+            if len(left) == len(pending) and all(len(x[0]) == len(y[0]) for x, y in zip(left, pending, strict=True)):
+                a, b, out, call = left[0]
+                why = f"it is one of two factors at {self.flow.tape.describe(call)}; the other one is rescaled"
+                if trade:
+                    self.classes.fix(out, why)
+                    self.classes.tie(a, b, why, -1.0)
+                    left = left[1:]
+                else:
+                    self.classes.fix(a if self._are_data(a) else b, why)
+            pending = left
+
+    def _are_data(self, labels: Tensor) -> bool:
+        data = torch.cat([unique(entry.out) for entry in self._data]) if self._data else labels[:0]
+        return bool(torch.isin(labels, data).all())
+
+    def _settle_ties(self) -> None:
+        for name, found in self.uses_of.items():
+            reason = f"'{name}' is used {len(found)} times in the forward pass (tied parameters)"
+            for i, (second, second_is_data) in enumerate(found):
+                for first, first_is_data in found[:i]:
+                    both = condensed(torch.logical_and(*torch.broadcast_tensors(first.out != NONE, second.out != NONE)))
+                    if not bool(both.any()):
+                        continue
+                    pair = [self._where(both, labels) for labels in (first.out, first.into, second.out, second.into)]
+                    if first_is_data or second_is_data:
+                        for labels in pair:
+                            self.classes.fix(labels, reason)
+                    else:
+                        self._settle_pair(pair, reason)
+
+    def _settle_parallel(self) -> None:
+        """One weight at work in several places: the units that it writes correspond, and so do those that it reads."""
+        for name, found in self.uses_of.items():
+            for (first, _), (second, _) in itertools.pairwise(found):
+                both = condensed(torch.logical_and(*torch.broadcast_tensors(first.out != NONE, second.out != NONE)))
+                if bool(both.any()):
+                    for one, other in ((first.out, second.out), (first.into, second.into)):
+                        matched = list(pairs(self._where(both, one), self._where(both, other)))
+                        if len({a for a, _ in matched}) == len({b for _, b in matched}) == len(matched):
+                            for a, b in matched:
+                                if min(a, b) > FIXED:
+                                    self.classes.tie(torch.tensor([a]), torch.tensor([b]), f"'{name}' is shared")
+
+    def _settle_pair(self, labels: list[Tensor], reason: str) -> None:
+        """One weight in two places: ``out - into = other_out - other_into``, two of them fixed or all in pairs."""
+        out, into, other_out, other_into = labels
+        fixed = [bool((part <= FIXED).all()) for part in labels]
+        if fixed == [False, True, True, False]:
+            self.classes.tie(out, other_into, reason, -1.0, direct=True)
+        elif fixed == [True, False, False, True]:
+            self.classes.tie(other_out, into, reason, -1.0, direct=True)
+        else:
+            self.classes.tie(out, other_out, reason, direct=True)
+            self.classes.tie(into, other_into, reason, direct=True)
+
+    def _where(self, both: Tensor, labels: Tensor) -> Tensor:
+        roots, _ = self.classes.roots(labels)
+        return condensed(torch.where(both, roots, NONE))
+
+    @cached_property
+    def met(self) -> dict[int, set[str]]:
+        """The categories of events that each class meets, by its root, also where the class is fixed."""
+        found: dict[int, set[str]] = defaultdict(set)
+        for event in self.flow.events:
+            for label in event.labels.tolist():
+                found[self.classes.root(label)[0] if label > FIXED else label].add(event.category)
+        return found
+
+    # ----- what is free -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Every group of free units that something writes and reads (or normalises), in the order of the run."""
+        roles: dict[int, list[tuple[int, int]]] = defaultdict(list)  # root -> (entry, 0 written or 1 read)
+        every = self._entries + self._data
+        for i, entry in enumerate(every):
+            for role, labels in ((0, entry.out), (1, entry.into)):
+                for root in self._free(labels):
+                    roles[root].append((i, role))
+        met: dict[int, list[int]] = defaultdict(list)
+        for i, event in enumerate(self.flow.events):
+            for root in self._free(event.labels):
+                met[root].append(i)
+        colours: dict[int, set[tuple[int, int]]] = defaultdict(set)
+        for i, (labels, colour) in enumerate(self.flow.colours):
+            for root, one in zip(self.classes.roots(labels)[0].tolist(), colour.tolist(), strict=True):
+                colours[root].add((i, one))
+        profiles: dict[tuple[tuple[tuple[int, int], ...], tuple[int, ...], frozenset[tuple[int, int]]], list[int]]
+        profiles = defaultdict(list)
+        for root, found in roles.items():
+            profiles[tuple(found), tuple(met[root]), frozenset(colours[root])].append(root)
+        return tuple(
+            self._group(torch.tensor(sorted(roots)), profile, events)
+            for (profile, events, _), roots in sorted(profiles.items(), key=lambda item: min(item[0][1], default=0))
+            if self._raw or {role for _, role in profile} == {0, 1} or self._ends(events)
+        )
+
+    def slices_of(self, roots: Tensor, *, roles: bool = True) -> tuple[list[Slices], list[Slices]]:
+        """The entries of every parameter that write, and that read, the units of these classes (sorted).
+
+        Args:
+            roots: the classes.
+            roles: whether it matters if a weight that is used twice writes here and reads there; it does not for maps that do
+                the same to written and read entries.
+
+        Raises:
+            TiedError: an entry has another part to play as well.
+            ValueError: the units have different shares of a parameter.
+        """
+        written: list[Slices] = []
+        read: list[Slices] = []
+        for name in dict.fromkeys(name for root in roots.tolist() for name in self._touched.get(root, ())):
+            found, shape = self.uses_of[name], tuple(self.flow.parameters.numbers[name].shape)
+            plays = []
+            for entry, _ in found:
+                parts = [
+                    slices(name, shape, position_among(self.classes.roots(labels)[0], roots), len(roots))
+                    for labels in (entry.out, entry.into)
+                ]
+                plays.append((entry, parts))
+            moving = [(entry, parts) for entry, parts in plays if parts[0] or parts[1]]
+            for entry, parts in plays:
+                for _, others in moving:
+                    if any(_covers(entry, s) for s in others) and not _agree(parts, others, roles):
+                        raise TiedError(f"'{name}' is used {len(found)} times in the forward pass (tied parameters)")
+            taken: list[Slices] = []
+            for _, parts in moving:
+                for part, kind in zip(parts, (written, read), strict=True):
+                    if part is not None and not any(_same(part, other) for other in taken):
+                        kind.append(part)
+                        taken.append(part)
+        return written, read
+
+    @cached_property
+    def _touched(self) -> dict[int, list[str]]:
+        """The parameters that have to do with each class."""
+        found: dict[int, list[str]] = defaultdict(list)
+        for name, uses in self.uses_of.items():
+            for root in {r for entry, _ in uses for labels in (entry.out, entry.into) for r in self._free(labels)}:
+                found[root].append(name)
+        return found
+
+    def _ends(self, events: tuple[int, ...]) -> bool:
+        """Whether the units may end where no weight reads them."""
+        return any(self.flow.events[i].category in NORMS | {"output"} for i in events)
+
+    @cached_property
+    def _gains(self) -> set[int]:
+        """The entries that multiply; what else is used as numbers of its own is added."""
+        gains = [event.labels for event in self.flow.events if event.category == "gain"]
+        labels = torch.cat(gains) if gains else torch.zeros(0, dtype=torch.int64)
+        start = len(self._entries)
+        return {start + i for i, entry in enumerate(self._data) if bool(torch.isin(entry.out, labels).any())}
+
+    def _free(self, labels: Tensor) -> list[int]:
+        return [root for root in unique(self.classes.roots(labels)[0]).tolist() if root > FIXED]
+
+    def _group(self, roots: Tensor, profile: tuple[tuple[int, int], ...], events: tuple[int, ...]) -> Group:
+        every, layer = self._entries + self._data, self.flow.parameters.layer
+        written = [i for i, role in profile if role == 0]
+        makers = [i for i in written if i < len(self._entries) or i in self._gains]
+        writers = tuple(dict.fromkeys(layer(every[i].name) for i in makers or written))
+        readers = tuple(dict.fromkeys(layer(every[i].name) for i, role in profile if role == 1))
+        entries = tuple(
+            found
+            for i in dict.fromkeys(i for i, _ in profile)
+            for labels, sign in ((every[i].out, 1.0), (every[i].into, -1.0))
+            for found in self._powers(every[i].name, self._first_use(every[i], labels), sign, roots)
+        )
+        return Group(roots, writers, readers, tuple(self.flow.events[i] for i in events), entries)
+
+    def _first_use(self, entry: Entry, labels: Tensor) -> Tensor:
+        """The labels without those elements that an earlier use of the same parameter already moves: all uses agree."""
+        for earlier, _ in self.uses_of[entry.name]:
+            if earlier is entry:
+                break
+            labels = torch.where(earlier.out != NONE, NONE, labels)
+        return condensed(labels)
+
+    def _powers(self, name: str, labels: Tensor, sign: float, roots: Tensor) -> list[Entries]:
+        found, ratios = self.classes.roots(labels)
+        unit = position_among(found, roots)
+        return [
+            Entries(name, torch.where(ratios == ratio, unit, -1), sign * ratio)
+            for ratio in torch.unique(ratios[unit >= 0]).tolist()
+        ]
+
+
+class TiedError(Exception):
+    """A weight is also used elsewhere in another way; the message says which."""
+
+
+def depends_on_data(event: Event, flow: Flow) -> bool:
+    """Whether the factor of a ``scaled`` or ``averaged`` event is itself computed from inputs or parameters."""
+    assert event.call is not None
+    others = [value for value in event.call.inputs if not flow.is_free(value)]
+    return any(value.depends & (PARAMETER | INPUT) and value.tensor.numel() > 1 for value in others)
+
+
+def _same(first: Slices | None, second: Slices | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first.positions, second.positions)
+
+
+def _agree(parts: list[Slices | None], others: list[Slices | None], roles: bool) -> bool:
+    if roles:
+        return all(_same(one, other) for one, other in zip(parts, others, strict=True))
+    return all(
+        any(_same(one, other) for other in theirs if other is not None)
+        for mine, theirs in ((parts, others), (others, parts))
+        for one in mine
+        if one is not None
+    )
+
+
+def _covers(entry: Entry, part: Slices | None) -> bool:
+    """Whether the use that an entry stands for involves some of these elements."""
+    if part is None:
+        return False
+    return bool((entry.out.expand(part.shape).reshape(-1)[part.positions] != NONE).any())
+
+
+def labels_of(flow: Flow, value: Value) -> Tensor:
+    """The classes of a value's elements, in its shape."""
+    return flow.classes.roots(flow.labels(value))[0]
