@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from flatminima.measures.weakness import FeatureError, exact_extension, pair_proxy
 from features_fixture import EPSILON, rows, trained
+from flatminima.measures.weakness import FeatureError, exact_extension, pair_proxy
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "weakness_features.json").read_text())
 

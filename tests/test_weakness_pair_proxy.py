@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from features_fixture import cold_status, trained
 from flatminima.data import DataError
 from flatminima.measures.weakness import Certificate, FeatureError, PairProxy, features, pair_proxy
 from flatminima.measures.weakness import decisions as decisions_module
 from flatminima.measures.weakness.simplex import DualSimplex
-from features_fixture import cold_status, trained
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "weakness_features.json").read_text())
 RNG = np.random.default_rng(0)

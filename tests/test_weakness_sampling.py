@@ -1,4 +1,4 @@
-"""Random completions and volumes against closed forms and plain Monte Carlo; the diagnostics against known chains."""
+"""Random completions and volumes against closed forms and plain Monte Carlo."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from features_fixture import trained
 from flatminima.measures.weakness import FeatureError, sample_completions, version_space_volume
 from flatminima.measures.weakness.cone import Cone, uniform_ball
-from flatminima.measures.weakness.diagnostics import effective_sample_size, split_rhat
 from flatminima.measures.weakness.frame import FeatureProblem
-from features_fixture import trained
 
 TRIANGLE = (np.array([[0.0, 0], [1, 0], [0, 1]]), [0, 1, 2], np.array([[0.5, 0.5], [2, 0], [-1, -1], [0.2, 0.2]]))
 
@@ -149,38 +148,3 @@ def test_bad_sampling(options) -> None:
 def test_bad_volume(options) -> None:
     with pytest.raises(FeatureError, match="expected particles >= 16"):
         version_space_volume(*TRIANGLE, classes=3, **options)
-
-
-# --- diagnostics ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
-def test_effective_sample_size_of_autoregressive_chains(correlation: float) -> None:
-    rng = np.random.default_rng(0)
-    chains, draws, quantities = 8, 2000, 20
-    x = np.empty((chains, draws, quantities))
-    x[:, 0] = rng.normal(size=(chains, quantities))
-    for t in range(1, draws):
-        x[:, t] = correlation * x[:, t - 1] + math.sqrt(1 - correlation**2) * rng.normal(size=(chains, quantities))
-    expected = chains * draws * (1 - correlation) / (1 + correlation)
-    assert effective_sample_size(x).mean() == pytest.approx(expected, rel=0.1)
-    assert split_rhat(x).max() < 1.02
-
-
-def test_rhat_sees_chains_apart_and_chains_that_drift() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(4, 400, 3))
-    x[0, :, 0] += 2.0  # one chain elsewhere
-    x[:, :, 1] += np.linspace(0, 3, 400)  # all drift together: seen by the halves
-    rhat = split_rhat(x)
-    assert rhat[0] > 1.2
-    assert rhat[1] > 1.2
-    assert rhat[2] < 1.02
-
-
-def test_what_never_changes_has_no_diagnostics() -> None:
-    x = np.ones((4, 10, 1))
-    assert np.isnan(split_rhat(x)).all()
-    assert np.isnan(effective_sample_size(x)).all()
-    with pytest.raises(ValueError, match="at least four draws"):
-        split_rhat(np.ones((4, 3, 1)))

@@ -21,12 +21,15 @@ from flatminima.audit import audit as run_audit
 from flatminima.data import DATASETS, DataError
 from flatminima.measures import GROUPS, MEASURES, MeasureOptions, resolve
 from flatminima.models import MODELS
+from flatminima.names import unknown
 from flatminima.objective import SECOND_ORDER, NonFiniteLossError, Objective, ObjectiveError
-from flatminima.protocols import reproduce_convex, reproduce_factorization
+from flatminima.protocols import reproduce_convex, reproduce_factorization, reproduce_reparameterization
+from flatminima.protocols.reparameterization import DATA as REPARAMETERIZATION_DATA
 from flatminima.report import render
 from flatminima.report.convex_page import render_convex, zoo_table
 from flatminima.report.factorization_page import render_factorization
 from flatminima.report.measure_list import invariance_table, kinds_table
+from flatminima.report.reparameterization_page import render_reparameterization
 from flatminima.report.terminal import audit_table, compare_table, measurement_tables, reproduction_tables
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
@@ -314,6 +317,23 @@ def reproduce_convex_command(
     """Convex counterexamples: bad flat minima, how SA-GD and SAM find them, what stability guarantees, and every optimiser."""
     results = _reproduced(out, reproduce_convex, render_convex)
     _out.print(reproduction_tables(results, zoo_table(results["zoo"])))
+    _show_files(out)
+
+
+@_reproduce.command("reparameterization")
+def reproduce_reparameterization_command(
+    out: Annotated[Path, typer.Option(help="Directory of results.json and report.html.")] = Path(
+        "runs/reparameterization"
+    ),
+    data: Annotated[
+        str, typer.Option(help=f"{', '.join(REPARAMETERIZATION_DATA)}; auto: MNIST where it is found.")
+    ] = "auto",
+) -> None:
+    """Rescaled networks: which measures of flatness change while no prediction does, and whether weakness does."""
+    if data not in REPARAMETERIZATION_DATA:
+        raise SettingsError(unknown("data set", data, REPARAMETERIZATION_DATA))
+    results = _reproduced(out, lambda report: reproduce_reparameterization(data, report), render_reparameterization)
+    _out.print(reproduction_tables(results))
     _show_files(out)
 
 

@@ -2,5 +2,6 @@
 
 from flatminima.protocols.convex import reproduce_convex
 from flatminima.protocols.factorization import reproduce_factorization
+from flatminima.protocols.reparameterization import reproduce_reparameterization
 
-__all__ = ["reproduce_convex", "reproduce_factorization"]
+__all__ = ["reproduce_convex", "reproduce_factorization", "reproduce_reparameterization"]

@@ -1,7 +1,8 @@
 """Reparameterisation, reproduced: what happens to sharpness and to weakness while no prediction changes.
 
-After M. T. Bennett, "Are Flat Minima an Illusion?" (arXiv:2605.05209): a hidden layer of a ReLU network is multiplied by beta (or
-gamma) and what reads it is divided by it. The source re-estimates the Hessian trace with random probes; here every trace is exact.
+After M. T. Bennett, "Are Flat Minima an Illusion?" (arXiv:2605.05209): a hidden layer of a ReLU network is multiplied by
+beta (or gamma) and what reads it is divided by it. The source re-estimates the Hessian trace with random probes; here every
+trace is exact.
 """
 
 from __future__ import annotations
@@ -92,6 +93,10 @@ def reproduce_reparameterization(data: str = "auto", progress: Progress | None =
             {"name": key, "title": title, "claims": [claim.to_dict() for claim in claims[key]]}
             for key, title in _GROUPS.items()
         ],
+        "measures": {
+            name: {"label": MEASURES[name].label, "unchanged": LAYER_RESCALING in MEASURES[name].invariant_under}
+            for name in ("trace", *MEASURED) if name in MEASURES
+        },
         "networks": records,
         "narrow": narrows,
         "rewired": rewired,
@@ -255,20 +260,21 @@ def _summary(
     )
     proxies = " and ".join(str(record["value"]) for record in narrows)
     details = [
-        f"At β = {BETAS[-1]:g} the exact Hessian trace grows by a factor of {min(at_20):.0f} to {max(at_20):.0f}, over the grid of β and "
-        f"γ by {min(both):.2f} to {max(both):.0f}, and follows a/β² + b β² + c to {off:.0e}. Not one prediction changes.",
-        f"The factor is arithmetic: β² times the share of the second layer's weights in the trace, here {min(shares):.2f} to "
-        f"{max(shares):.2f}. A report of it must name both.",
-        f"Unchanged over the same grid, to {worst:.0e}: {', '.join(steady)}; the numbers of activation patterns; and the pair proxy "
-        f"({proxies} of {PROBES * 10} on eight features, every decision with a proof).",
+        f"At β = {BETAS[-1]:g} the exact Hessian trace grows by a factor of {min(at_20):.0f} to {max(at_20):.0f}, over the "
+        f"grid of β and γ by {min(both):.2f} to {max(both):.0f}, and follows a/β² + b β² + c to {off:.0e}. Not one "
+        "prediction changes.",
+        "The factor is arithmetic: β² times the share of the second layer's weights in the trace, here "
+        f"{min(shares):.2f} to {max(shares):.2f}. A report of it must name both.",
+        f"Unchanged over the same grid, to {worst:.0e}: {', '.join(steady)}; the numbers of activation patterns; and the pair "
+        f"proxy ({proxies} of {PROBES * 10} on eight features, every decision with a proof).",
     ]
     cautions = [
-        "That a sharpness changes under rescaling does not show that sharpness says nothing: training does not pick a random copy, and "
-        "sharpness measures that do not change exist (above).",
-        "The source's own check of the pair proxy rescales layers that leave the features as they are, which tests nothing about it. Here "
-        "the feature layer itself is rescaled, whole and unit by unit.",
-        f"With {HIDDEN[-1]} features and {ROWS} rows nearly every pair is feasible: there the pair proxy is saturated, and its being "
-        "unchanged says little. The eight-feature networks are the test.",
+        "That a sharpness changes under rescaling does not show that sharpness says nothing: training does not pick a random "
+        "copy, and sharpness measures that do not change exist (above).",
+        "The source's own check of the pair proxy rescales layers that leave the features as they are, which tests nothing "
+        "about it. Here the feature layer itself is rescaled, whole and unit by unit.",
+        f"With {HIDDEN[-1]} features and {ROWS} rows nearly every pair is feasible: there the pair proxy is saturated, and its "
+        "being unchanged says little. The eight-feature networks are the test.",
         "The pair proxy is not a property of the function: rewiring a unit that nobody reads changes it.",
     ]
     missing = [name for name in MEASURED if name not in MEASURES]

@@ -16,10 +16,11 @@ from flatminima.measures import MEASURES, MeasureOptions, measure
 from flatminima.measures.weakness import features, pair_proxy, patterns
 from flatminima.objective import Objective
 from flatminima.protocols.small_data import SmallData, train_small
-from flatminima.symmetries import Member, find_symmetries
+from flatminima.symmetries import Member, Rescaling, find_symmetries
 
 BETAS = (1.0, 2.0, 5.0, 10.0, 20.0)
 GAMMAS = (1.0, 5.0, 20.0)
+CURVE = tuple(float(f"{0.5 * 60.0 ** (i / 40):.4g}") for i in range(41))  # of beta, from 0.5 to 30
 HIDDEN = (256, 128)
 NARROW = (64, 8)  # whose eight features leave the pair proxy something to say
 
@@ -52,25 +53,26 @@ REGIMES = (
 )
 
 
-def layer_rescalings(model: nn.Module, x: Tensor, scales: Sequence[float]) -> Member:
-    """The map that multiplies hidden layer *l* (weights and bias) by ``scales[l]`` and divides what reads it.
+def layer_sites(model: nn.Module, x: Tensor) -> tuple[Rescaling, ...]:
+    """The hidden layers that can be rescaled, first to last, as found in the model and proved."""
+    found = find_symmetries(model, x[:_EXAMPLES], kinds=[LAYER_RESCALING]).found
+    return tuple(place for symmetry in found for place in symmetry.places if isinstance(place, Rescaling))
 
-    It is put together from the sites that :func:`flatminima.symmetries.find_symmetries` found in the model and proved.
-    """
-    sites = next(s for s in find_symmetries(model, x[:_EXAMPLES]).found if s.kind == LAYER_RESCALING).places
-    if len(sites) != len(scales):
-        raise ValueError(f"the model has {len(sites)} layers that can be rescaled, got {len(scales)} scales")
-    actions = []
-    for site, scale in zip(sites, scales, strict=True):
-        actions += site.actions(torch.full((site.units,), scale, dtype=torch.float64))  # type: ignore[attr-defined]
+
+def layer_rescalings(sites: Sequence[Rescaling], scales: Sequence[float]) -> Member:
+    """The map that multiplies hidden layer *l* (weights and bias) by ``scales[l]`` and divides what reads it."""
+    actions = [
+        action
+        for site, scale in zip(sites, scales, strict=True)
+        for action in site.actions(torch.full((site.units,), scale, dtype=torch.float64))
+    ]
     return Member(LAYER_RESCALING, f"hidden layers times {', '.join(f'{s:g}' for s in scales)}", tuple(actions))
 
 
 def random_members(model: nn.Module, x: Tensor, seed: int) -> Iterator[tuple[str, Member]]:
-    """One random rescaling of single units in [1/20, 20], and one permutation where permutations are found."""
-    for symmetry in find_symmetries(model, x[:_EXAMPLES]).found:
-        if symmetry.kind in (UNIT_RESCALING, PERMUTATION):
-            yield symmetry.kind, symmetry.member(torch.Generator().manual_seed(seed))
+    """One random rescaling of single units in [1/20, 20], and one permutation of units."""
+    for symmetry in find_symmetries(model, x[:_EXAMPLES], kinds=[UNIT_RESCALING, PERMUTATION]).found:
+        yield symmetry.kind, symmetry.member(torch.Generator().manual_seed(seed))
 
 
 def rescaled(
@@ -81,12 +83,12 @@ def rescaled(
     Args:
         regime: of the training.
         data: training rows, and unseen rows for predictions and patterns.
-        probes: unseen rows for the pair proxy, which on 128 features is measured on three of the copies.
+        probes: unseen rows for the pair proxy, which on 128 features is measured on one copy, at the largest scales.
         progress: called with the fraction that is done.
     """
     trained = train_small(data, HIDDEN, seed=regime.seed, batch_size=regime.batch_size, lr=regime.lr)
     model, x, unseen = trained.model.double(), data.x.double(), data.probes.double()
-    blocks = _trace_by_tensor(model, x, data.y)
+    blocks, sites = _trace_by_tensor(model, x, data.y), layer_sites(model, x)
     base = _function(model, unseen)
     record: dict[str, Any] = {
         **asdict(regime), "epochs": trained.epochs, "accuracy": trained.accuracy, "trace": sum(blocks.values()),
@@ -94,17 +96,20 @@ def rescaled(
     }  # fmt: skip
     first = _decisions(model, data, probes)
     for i, (beta, gamma) in enumerate((b, g) for b in BETAS for g in GAMMAS):
-        copy = layer_rescalings(model, x, (beta, gamma)).apply(model)
+        copy = layer_rescalings(sites, (beta, gamma)).apply(model)
         entry = {"beta": beta, "gamma": gamma, **_measured(copy, x, data.y)}
         entry |= _compared(base, _function(copy, unseen))
         entry |= {"patterns": _patterns(copy, unseen), "predicted": predicted_trace(blocks, beta, gamma)}
         entry["pairs"] = None
-        if (beta, gamma) in ((1.0, 1.0), (BETAS[-1], GAMMAS[-1])):
+        if (beta, gamma) == (BETAS[-1], GAMMAS[-1]):
             entry["pairs"] = _pairs(first, _decisions(copy, data, probes))
         record["copies"].append(entry)
         if progress is not None:
             progress((i + 1) / (len(BETAS) * len(GAMMAS)))
-    record["least"] = _least(model, x, data.y, blocks)
+    record["curve"] = {
+        "beta": list(CURVE), "gamma": {f"{g:g}": [predicted_trace(blocks, b, g) for b in CURVE] for g in GAMMAS}
+    }  # fmt: skip
+    record["least"] = _least(model, x, data.y, blocks, sites)
     return record
 
 
@@ -112,9 +117,10 @@ def narrow(seed: int, data: SmallData, progress: Callable[[float], None] | None 
     """The pair proxy of a network with eight features, over the same grid, single units and permutations."""
     trained = train_small(data, NARROW, seed=seed)
     model, x = trained.model.double(), data.x.double()
+    sites = layer_sites(model, x)
     first = _decisions(model, data, len(data.probes))
     maps = [
-        (f"β = {b:g}, γ = {g:g}", layer_rescalings(model, x, (b, g)))
+        (f"β = {b:g}, γ = {g:g}", layer_rescalings(sites, (b, g)))
         for b in BETAS
         for g in GAMMAS
         if (b, g) != (1.0, 1.0)
@@ -140,12 +146,14 @@ def predicted_trace(blocks: dict[str, float], beta: float, gamma: float) -> floa
     return (w1 + b1) / beta**2 + w2 * beta**2 / gamma**2 + b2 / gamma**2 + w3 * gamma**2 + b3
 
 
-def _least(model: nn.Module, x: Tensor, y: Tensor, blocks: dict[str, float]) -> dict[str, float]:
+def _least(
+    model: nn.Module, x: Tensor, y: Tensor, blocks: dict[str, float], sites: Sequence[Rescaling]
+) -> dict[str, float]:
     """The beta of the smallest trace, that trace by formula, and measured there."""
     w1, b1, w2, b2, w3, b3 = blocks.values()
     a, b, c = w1 + b1, w2, b2 + w3 + b3
     beta = (a / b) ** 0.25
-    copy = layer_rescalings(model, x, (beta, 1.0)).apply(model)
+    copy = layer_rescalings(sites, (beta, 1.0)).apply(model)
     return {"beta": beta, "predicted": c + 2.0 * (a * b) ** 0.5, "trace": sum(_trace_by_tensor(copy, x, y).values())}
 
 

@@ -13,10 +13,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from flatminima.measures.mcmc import effective_draws, split_r_hat
 from flatminima.measures.weakness.cone import PATH, Cone, covariance
 from flatminima.measures.weakness.decisions import Decider, one_thread
-from flatminima.measures.weakness.diagnostics import effective_sample_size, split_rhat
 from flatminima.measures.weakness.features import ArrayLike, FeatureError, FloatArray, IntArray
 from flatminima.measures.weakness.frame import FeatureProblem
 
@@ -39,7 +40,7 @@ class Completions:
         joint_entropy_bound: sum of the entropies of the probes, an upper bound up to sampling error.
         distinct: labelings met; a lower bound of their number.
         chao1: Chao's estimate of their number; a lower bound in expectation, up to the dependence of successive draws.
-        rhat: largest split R-hat over the scores of all probes; NaN if no score varies.
+        rhat: largest split R-hat over the scores of all probes.
         ess: smallest effective sample size over the same.
         draws: completions drawn, all chains together.
         given_up: paths that were reflected too often to be followed, and counted as no move.
@@ -168,8 +169,7 @@ def _summary(series: FloatArray, given_up: int) -> Completions:
     once, twice = int((counts == 1).sum()), int((counts == 2).sum())
     shares = counts / len(flat)
     centred = (series - series.mean(3, keepdims=True)).reshape(chains, draws, m * classes)
-    rhat, ess = split_rhat(centred), effective_sample_size(centred)
-    varies = np.isfinite(rhat).any()
+    quantities = torch.from_numpy(centred).permute(2, 0, 1)
     return Completions(
         frequencies=frequencies,
         entropies=entropies,
@@ -180,8 +180,8 @@ def _summary(series: FloatArray, given_up: int) -> Completions:
         joint_entropy_bound=float(entropies.sum()),
         distinct=len(counts),
         chao1=len(counts) + once * (once - 1) / (2.0 * (twice + 1)),
-        rhat=float(np.nanmax(rhat)) if varies else math.nan,
-        ess=float(np.nanmin(ess)) if varies else math.nan,
+        rhat=max(split_r_hat(q) for q in quantities),
+        ess=min(effective_draws(q) for q in quantities),
         draws=len(flat),
         given_up=given_up,
     )
