@@ -98,10 +98,10 @@ def sample_completions(
     Cost: no gradients; ten seconds for n = 250, K = 10, d = 8.
 
     Example:
-        >>> found = sample_completions([[-1.0], [1.0]], [0, 1], [[0.0], [3.0]], seed=0)
-        >>> found.frequencies[1].tolist(), float(found.entropies[1]), found.distinct        # beyond 1 there is no choice
+        >>> found = sample_completions([[-1.0], [1.0]], [0, 1], [[-3.0], [0.0], [3.0]], seed=0)
+        >>> found.frequencies[2].tolist(), float(found.entropies[2]), found.distinct      # beyond 1 there is no choice
         ([0.0, 1.0], 0.0, 2)
-        >>> bool(0.4 < found.frequencies[0, 0] < 0.6)
+        >>> bool(abs(found.frequencies[1, 0] - 0.5) < 0.05)                               # half way it is even
         True
     """
     if chains < 4 or draws < 4:

@@ -168,8 +168,9 @@ def pair_proxy(
         >>> found = pair_proxy([[-1.0], [1.0]], [0, 1], [[-0.5], [0.0], [2.0]])
         >>> found.value, found.extensions.tolist()        # between the points both classes are possible, beyond them one
         (5, [2, 2, 1])
-        >>> print(found.why(2, 0).explain())
-        class 0 cannot win at probe 2: class 1 beats it there, by 2 training points (0, 1)
+        >>> print(found.why(2, 0).explain())        # doctest: +NORMALIZE_WHITESPACE
+        class 0 cannot win at probe 2: class 1 beats it there, since the probe is a combination of points of class 1 (1) less
+        points of class 0 (0)
         >>> pair_proxy([[0.0], [0.0]], [0, 1], [[1.0]]).conflict.explain()
         'no linear layer gives every training point its label: those of 2 training points (0, 1) contradict each other'
     """

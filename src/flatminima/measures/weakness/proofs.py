@@ -31,7 +31,6 @@ How they are checked, in double precision with every rounding accounted for (:ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -86,20 +85,30 @@ class Certificate:
         the target at the probe in every completion of the training labels.
         """
         here = self.points < 0
-        used = sorted(set(self.points[~here].tolist()))
-        rows = f"{len(used)} training points ({_listed(used)})"
         if self.probe is None:
+            rows = _listed(self.points)
             return f"no linear layer gives every training point its label: those of {rows} contradict each other"
-        order = np.argsort(-self.multipliers[here])
-        rivals = [int(k) for k in self.losers[here][order]]
-        whom = f"class {rivals[0]} beats" if len(rivals) == 1 else f"one of the classes {_listed(rivals)} always beats"
         what = "" if self.proof == "exact" else f" by any margin above {self.resolution:.0e} of the largest weight"
-        return f"class {self.target} cannot win at probe {self.probe}{what}: {whom} it there, by {rows}"
+        start = f"class {self.target} cannot win at probe {self.probe}{what}: "
+        rivals = self.losers[here][np.argsort(-self.multipliers[here], kind="stable")].tolist()
+        others = set(self.winners[~here].tolist())
+        if len(rivals) > 1 or not others <= {rivals[0], self.target}:
+            names = " or ".join(f"class {k}" for k in rivals)
+            return f"{start}{names} always beats it there, by {_listed(self.points[~here])}"
+        ahead = f"points of class {rivals[0]} ({_numbers(self.points[~here & (self.winners == rivals[0])])})"
+        if self.target not in others:
+            return f"{start}the probe lies between {ahead}"
+        behind = f"points of class {self.target} ({_numbers(self.points[~here & (self.winners == self.target)])})"
+        return f"{start}class {rivals[0]} beats it there, since the probe is a combination of {ahead} less {behind}"
 
 
-def _listed(values: Sequence[int], most: int = 12) -> str:
-    text = ", ".join(map(str, values[:most]))
-    return text if len(values) <= most else f"{text}, and {len(values) - most} more"
+def _listed(points: IntArray) -> str:
+    return f"{len(np.unique(points))} training points ({_numbers(points)})"
+
+
+def _numbers(points: IntArray, most: int = 12) -> str:
+    rows = np.unique(points).tolist()
+    return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most} more" if len(rows) > most else "")
 
 
 def _points(problem: FeatureProblem, certificate: Certificate, exact: bool = False) -> FloatArray:
