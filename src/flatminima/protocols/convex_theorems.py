@@ -236,8 +236,8 @@ def tie_start(f: SAGDTrap, start: str) -> Tensor:
 def ties(progress: Report | None = None) -> tuple[list[dict[str, Any]], Claim]:
     """Theorem 3 rests on tie-breaking: the same sample and constants with every rule, as rows and as a claim."""
     f = SAGDTrap(6, 64, 0.1, sample=Sample.draw(6, 0, "some", bit=1))
-    claim = Claim("Theorem 3 rests on tie-breaking: only the adversary's run is bad", {"η": 0.25, "ρ": 0.1, "r": 0.6, "T": 64},
-                  DERIVED)  # fmt: skip
+    claim = Claim("E2: Theorem 3 rests on tie-breaking: only the adversary's run is bad",
+                  {"η": 0.25, "ρ": 0.1, "r": 0.6, "T": 64}, DERIVED)  # fmt: skip
     rows = []
     for at, (rule, label, start) in enumerate(TIES):
         run = sagd(f, lr=0.25, radius=0.6, steps=64, tie_break=rule, start=tie_start(f, start))
