@@ -15,10 +15,16 @@ from playwright.sync_api import Browser
 from conftest import Outcome
 from flatminima import cli
 from flatminima.problems.convex import Sample, SAMTrap
-from flatminima.protocols import convex_constants, convex_generalisation, convex_theorems, reproduce_convex
+from flatminima.protocols import (
+    convex_constants,
+    convex_generalisation,
+    convex_theorems,
+    convex_traps,
+    reproduce_convex,
+)
 from flatminima.protocols.claims import Claim
 from flatminima.protocols.convex_errata import errata
-from flatminima.protocols.convex_theorems import saturated
+from flatminima.protocols.convex_traps import saturated
 from flatminima.protocols.convex_zoo import IN, METHODS, OUT, covered, traps, zoo
 from flatminima.protocols.convex_zoo import Method as ZooMethod
 from flatminima.report.convex_page import bound_table, grid_table, render_convex, tie_table, zoo_table
@@ -51,11 +57,11 @@ def test_theorem_1_is_reproduced() -> None:
 
 
 def test_theorem_6_is_reproduced() -> None:
-    check(convex_theorems.sam_ends_sharp())
+    check(convex_traps.sam_ends_sharp())
 
 
 def test_theorem_7_is_reproduced() -> None:
-    check(convex_theorems.sam_is_trapped())
+    check(convex_traps.sam_is_trapped())
 
 
 def test_errata_are_measured() -> None:
@@ -92,7 +98,7 @@ def test_a_small_grid_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_invariants_notice_a_wrong_run() -> None:
     f = SAMTrap(6, 12, 0.25, saturated(0.25, 12), sample=Sample.draw(6, 4, "one"))
-    run = convex_theorems.sam_run(f)
+    run = convex_traps.sam_run(f)
     assert convex_constants.invariants(f, run) == []
     other = f.on(Sample.draw(6, 5, "one"))
     assert len(convex_constants.invariants(other, run)) >= 3
