@@ -272,6 +272,9 @@ def test_lengths_do_not_overflow() -> None:
         (lambda f: f.population_risk(torch.full((49,), math.nan)), "NaN or infinite"),
         (lambda f: f.sharpness(-1.0), "radius must be finite and >= 0, got -1.0"),
         (lambda f: f.sharpness(math.inf), "radius must be finite"),
+        (lambda f: f.sharpness(1e300), r"radius = 1e\+300 has a square that is no number"),
+        (lambda f: f.sharpness(0.1, starts=-1), "starts must be an integer >= 0, got -1"),
+        (lambda f: f.suffix_risk(1.5, lr=0.1, radius=1.0), "tau must be an integer >= 1, got 1.5"),
         (lambda f: f.sharpness("0.1"), "radius must be finite and >= 0, got '0.1'"),
         (lambda f: f.unit(16), "no slot 1 of class 16"),
         (lambda f: f.unit(0, 4), "no slot 4 of class 0"),
@@ -283,6 +286,13 @@ def test_lengths_do_not_overflow() -> None:
 def test_bad_points(call: Callable[[ColumnProblem], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(SAGDTrap(4, 3, 0.1, sample=DRAWN))
+
+
+def test_a_search_without_any_direction_finds_nothing() -> None:
+    f = DeadZoneRegression(3, 2, 5.0)
+    found = f.sharpness(0.1, starts=0)
+    assert (found.lower, found.exact) == (0.0, False)
+    assert f.sharpness(0.0).upper == 0.0
 
 
 def test_the_population_risk_of_many_columns_is_sampled_with_an_error() -> None:

@@ -11,7 +11,7 @@ import torch
 
 import flatminima as fm
 from convex_fixture import VECTORS, mean_over_everything, random_point, sam_loss, sample_of, vector
-from flatminima.problems.convex import Constants, EpsilonWarning, Sample, SAMTrap, chain, gd, mean_loss, sam
+from flatminima.problems.convex import Constants, EpsilonWarning, Sample, SAMTrap, gd, mean_loss, sam, sam_chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,7 +102,7 @@ def test_the_limit_as_recorded() -> None:
     case = VECTORS["sam_trap_limit_closed_form"]
     for row in case["rows"]:
         links = (0.5, 1e-300, *(row["delta_j_ge_4"],) * (row["T"] - 3))
-        limit = chain(row["eta"], 1.0, links, 0.0)
+        limit = sam_chain(row["eta"], 1.0, links, 0.0)
         for tau, ratio in row["F_over_scale"].items():
             assert limit.suffix_risk(int(tau)) / (row["eta"] ** 2 * row["T"]) == pytest.approx(
                 ratio, rel=case["tol_rel"]

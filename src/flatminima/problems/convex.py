@@ -21,7 +21,7 @@ from flatminima.problems.convex_dead_zone import DeadZoneRegression, RadialDeadZ
 from flatminima.problems.convex_flat_sharp import FlatSharpERM
 from flatminima.problems.convex_risk import Certificate, Check, Risk, Sharpness
 from flatminima.problems.convex_sagd_trap import SAGDTrap
-from flatminima.problems.convex_sam_constants import Chain, Constants, chain
+from flatminima.problems.convex_sam_constants import Chain, Constants, sam_chain
 from flatminima.problems.convex_sam_trap import SAMTrap
 from flatminima.problems.convex_sample import Sample, event_probability
 from flatminima.problems.convex_sharp_sam import SharpSAM1D
@@ -45,7 +45,6 @@ __all__ = [
     "SharpSAM1D",
     "Sharpness",
     "Trajectory",
-    "chain",
     "event_probability",
     "gap_bound",
     "gd",
@@ -54,5 +53,6 @@ __all__ = [
     "risk_bound",
     "sagd",
     "sam",
+    "sam_chain",
     "stability_bound",
 ]

@@ -14,6 +14,7 @@ from flatminima.names import unknown
 from flatminima.objective import Objective
 from flatminima.problems.convex_risk import Risk, Sharpness
 
+_HUGE = 1e150
 _RISE = 1e-13  # relative rise of the loss below which an ascent has arrived
 
 
@@ -188,7 +189,8 @@ class ConvexProblem(ABC):
             closed_form: ``False`` searches also where there is one.
             starts, seed: of the random directions.
         """
-        _check_radius(radius)
+        positive("radius", radius, zero=True)
+        check_count("starts", starts, 0)
         w = self._point(w)
         value, gradient = self.value_and_gradient(w)
         closed = self._exact_sharpness(w, radius) if closed_form else None
@@ -199,8 +201,9 @@ class ConvexProblem(ABC):
         generator = torch.Generator().manual_seed(seed)
         named = [gradient, w, -w, *self._directions(w)]
         sizes = length(torch.stack(named))
-        first = torch.stack([radius * v / size for v, size in zip(named, sizes, strict=True) if size > 0])
-        best = self._ascend(w, radius, torch.cat([first, self._random_starts(w, radius, starts, generator)]))
+        first = [radius * v / size for v, size in zip(named, sizes, strict=True) if size > 0]
+        drawn = self._random_starts(w, radius, starts, generator)
+        best = self._ascend(w, radius, torch.stack([*first, *drawn, torch.zeros_like(w)]))
         lower = float(self.value_and_gradient(w + best)[0] - value)
         smooth = radius * float(length(gradient)) + 0.5 * self._curvature() * radius**2
         upper = min([smooth, *(risk - float(value) for risk in self._risk_bounds(w, radius))])
@@ -255,11 +258,6 @@ class ConvexProblem(ABC):
         return Objective(self.model(w), mean_loss, self.data(), **options)
 
 
-def _check_radius(radius: float) -> None:
-    if isinstance(radius, bool) or not isinstance(radius, int | float) or not (math.isfinite(radius) and radius >= 0):
-        raise ValueError(f"radius must be finite and >= 0, got {radius!r}")
-
-
 def check_count(name: str, value: int, least: int = 1) -> int:
     """``value``, refused where it is no integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -272,4 +270,6 @@ def positive(name: str, value: float, *, zero: bool = False) -> float:
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value < 0 or (value == 0 and not zero):
         raise ValueError(f"{name} must be finite and {'>= 0' if zero else '> 0'}, got {value!r}")
+    if value > _HUGE:
+        raise ValueError(f"{name} = {value:g} has a square that is no number; it must be at most {_HUGE:g}")
     return float(value)

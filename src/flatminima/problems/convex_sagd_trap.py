@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flatminima.problems.convex_base import length, positive
+from flatminima.problems.convex_base import check_count, length, positive
 from flatminima.problems.convex_columns import ColumnProblem
 from flatminima.problems.convex_flat_sharp import dead_zone
 from flatminima.problems.convex_risk import Certificate, Check, Risk, expectation
@@ -117,7 +117,7 @@ class SAGDTrap(ColumnProblem):
             tau: from 1 (all iterates) to ``steps`` (the last one).
             lr, radius: of the run.
         """
-        if not 1 <= tau <= self.steps:
+        if check_count("tau", tau) > self.steps:
             raise ValueError(f"tau must be one of 1 ... {self.steps}, got {tau}")
         a, m = lr * self.smoothness * max(0.0, radius - self.flatness_radius), self.steps - tau + 1
         size = a * math.sqrt((tau - 1) + (m - 1) * (2 * m - 1) / (6 * m))

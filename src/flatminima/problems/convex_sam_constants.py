@@ -148,13 +148,13 @@ class Chain:
         return 0.25 * math.fsum(value * value for value in self.suffix_average(tau))
 
 
-def chain(lr: float, radius: float, links: tuple[float, ...], sigma: float) -> Chain:
+def sam_chain(lr: float, radius: float, links: tuple[float, ...], sigma: float) -> Chain:
     r"""The run of SAM with links :math:`\delta_2, \ldots, \delta_T` once :math:`w_2` is reached.
 
     .. math:: s_3 = r\sqrt{1+\delta_3^2} + \delta_3\sigma, \qquad s_t = r\sqrt{1+\delta_t^2} + \delta_t\,\eta\,s_{t-1}
 
     Example:
-        >>> run = chain(1.0, 1.0, (0.5, 0.0, *[1e-9] * 997), 0.0)      # the limit of weak links
+        >>> run = sam_chain(1.0, 1.0, (0.5, 0.0, *[1e-9] * 997), 0.0)      # the limit of weak links
         >>> round(run.suffix_risk(1) / 1000, 4), round(run.suffix_risk(1000) / 1000, 4)
         (0.083, 0.2495)
     """

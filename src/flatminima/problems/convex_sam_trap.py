@@ -17,7 +17,7 @@ from torch import Tensor
 from flatminima.problems.convex_base import length, positive
 from flatminima.problems.convex_columns import ColumnProblem
 from flatminima.problems.convex_risk import Certificate, Check, Risk, expectation
-from flatminima.problems.convex_sam_constants import Chain, Constants, Variant, chain, constants
+from flatminima.problems.convex_sam_constants import Chain, Constants, Variant, constants, sam_chain
 from flatminima.problems.convex_sample import Kind, Sample, event_probability
 
 _NEGLIGIBLE = 1e-6  # of the risk: below, the bound on the trigger's share is the error
@@ -186,7 +186,7 @@ class SAMTrap(ColumnProblem):
             raise ValueError(f"the closed form is for one column of zeros, and the sample has {len(self.sample.zeros)}")
         k = self.constants
         pushed = self.radius * k.epsilon / self._trigger_size(k.epsilon) - k.lam
-        return chain(self.lr, self.radius, k.chain, self.lr * k.chain[0] * pushed)
+        return sam_chain(self.lr, self.radius, k.chain, self.lr * k.chain[0] * pushed)
 
     def floor(self) -> float:
         r"""The proved bound :math:`(\lfloor T/2\rfloor - 2)\,\eta^2 r^2 / 64` below the risk of every suffix average."""

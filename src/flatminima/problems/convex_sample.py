@@ -230,10 +230,10 @@ def _check_rows(n: int, most: int | None) -> None:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n counts examples and must be an integer >= 1, got {n!r}")
     if most is not None and n > most:
+        classes = 'Sample.canonical(n, "classes") for full-batch methods, ' if most < _LARGEST else ""
         raise ValueError(
-            f"n = {n} examples have 2^{n} columns, and this representation holds at most n = {most}: use "
-            'Sample.canonical(n, "classes") for full-batch methods, Sample.lazy or Sample.spurious for points supported on few '
-            "columns"
+            f"n = {n} examples have 2^{n} columns, and this representation holds at most n = {most}: use {classes}"
+            "Sample.lazy or Sample.spurious for points supported on few columns"
         )
 
 

@@ -41,6 +41,7 @@ class SharpSAM1D(ConvexProblem):
     n = d = 1
     tie_breaks = ("unique", "power")
     flatness_radius = 0.5
+    event_probability = 1.0
 
     def __init__(self, start: float = 0.0, *, smoothness: float = 1.0, dtype: torch.dtype = torch.float64) -> None:
         if not -1.0 <= start <= 1.0:

@@ -16,6 +16,7 @@ import flatminima
 from flatminima.protocols import convex_constants as constants
 from flatminima.protocols import convex_curves as curves
 from flatminima.protocols import convex_theorems as theorems
+from flatminima.protocols import convex_traps as traps
 from flatminima.protocols.claims import DERIVED, Claim, finite
 from flatminima.protocols.convex_errata import errata
 from flatminima.protocols.convex_generalisation import generalisation
@@ -55,11 +56,11 @@ def reproduce_convex(progress: Progress | None = None) -> dict[str, Any]:
     try:
         claims = {"minima": theorems.flat_and_sharp()}
         part("Theorem 1", 0.0, 0.05)(1.0)
-        claims["sagd"] = theorems.sagd_is_trapped(part("Theorem 3", 0.05, 0.1))
-        tied, claim = theorems.ties(part("tie-breaking", 0.1, 0.2))
+        claims["sagd"] = traps.sagd_is_trapped(part("Theorem 3", 0.05, 0.1))
+        tied, claim = traps.ties(part("tie-breaking", 0.1, 0.2))
         claims["sagd"].append(claim)
         claims["sharp"] = theorems.sam_ends_sharp()
-        claims["sam"] = theorems.sam_is_trapped()
+        claims["sam"] = traps.sam_is_trapped()
         part("Theorem 7", 0.2, 0.26)(1.0)
         grid, claims["constants"] = constants.grid(part("704 samples a variant", 0.26, 0.5))
         epsilons, more = constants.epsilons()

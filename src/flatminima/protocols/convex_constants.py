@@ -12,7 +12,7 @@ import torch
 
 from flatminima.problems.convex import EpsilonWarning, Sample, SAMTrap, Trajectory, sam
 from flatminima.protocols.claims import DERIVED, RECORDED, Claim
-from flatminima.protocols.convex_theorems import sam_run, saturated
+from flatminima.protocols.convex_traps import sam_run, saturated
 
 Variant = Literal["paper", "corrected", "conditioned"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)

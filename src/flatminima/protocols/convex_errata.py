@@ -25,7 +25,7 @@ from flatminima.problems.convex import (
 )
 from flatminima.protocols.claims import DERIVED, RECORDED, Claim
 from flatminima.protocols.convex_constants import invariants
-from flatminima.protocols.convex_theorems import sam_run, saturated
+from flatminima.protocols.convex_traps import sam_run, saturated
 
 
 def errata() -> list[Claim]:
