@@ -351,7 +351,7 @@ def test_an_undecided_program_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.why(*next(iter(found.undecided))) == "HiGHS ended with 'Unknown'"
     assert f"{open_pairs.sum()} pairs are undecided" in found.notes[-1]
     monkeypatch.setattr(DualSimplex, "feasible", lambda *_: "HiGHS ended with 'Time limit reached'")
-    nothing = pair_proxy(train, labels, probes[:2], classes=10)
+    nothing = pair_proxy(train, labels, probes[:2], classes=10, search=False)
     assert (nothing.training_feasible, nothing.value, nothing.upper) == (None, 0, 20)
     assert "Time limit" in nothing.undecided[0, 0]
 

@@ -55,8 +55,8 @@ def test_a_witness_is_decided_at_the_last_bit() -> None:
     problem = FeatureProblem.of(x, [0, 0, 1, 0], x, 2)
     scale = 2.0 ** int(problem.frame.exponent[0])
     weights = np.array([[0.0, 0.0], [scale, -threshold]])
-    assert [wins(problem, weights, j, 1) for j in range(4)] == [False, False, True, False]
-    assert [wins(problem, weights, j, 0) for j in range(4)] == [True, False, False, True]
+    assert [*wins(problem, weights, np.arange(4), np.full(4, 1))] == [False, False, True, False]
+    assert [*wins(problem, weights, np.arange(4), np.full(4, 0))] == [True, False, False, True]
     assert check_witnesses(problem, weights[None]).tolist() == [False]  # a tie at the second point is no win
 
 
@@ -164,7 +164,7 @@ def test_the_second_opinion_agrees_with_the_linear_program(probe) -> None:
             else:
                 assert check_certificate(problem, certificate) is None
                 assert check_witnesses(problem, problem.to_frame(weights)[None]).all()
-                assert wins(problem, problem.to_frame(weights), j, c)
+                assert wins(problem, problem.to_frame(weights), np.array([j]), np.array([c])).all()
 
 
 def test_the_frame_is_exact() -> None:

@@ -15,6 +15,7 @@ undecided, with the reason.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,13 +28,7 @@ from flatminima.measures.weakness.features import FeatureError, FloatArray, IntA
 from flatminima.measures.weakness.frame import FeatureProblem
 from flatminima.measures.weakness.interior import CLEAR, Interior
 from flatminima.measures.weakness.margin import nearest_point
-from flatminima.measures.weakness.proofs import (
-    Certificate,
-    check_certificate,
-    check_witnesses,
-    sure_margins,
-    wins,
-)
+from flatminima.measures.weakness.proofs import Certificate, check_certificate, check_witnesses, wins
 from flatminima.measures.weakness.simplex import DualSimplex, Ray
 
 UNDECIDED, INFEASIBLE, FEASIBLE = -1, 0, 1
@@ -84,6 +79,7 @@ class Decider:
         witnesses: weights ``(K, dimension)`` on the problem's frame; each gives every training point its label.
         starts: the same weights on search coordinates.
         certificates: of the infeasible pairs.
+        known: bytes of a training point -> its first row.
     """
 
     def __init__(self, problem: FeatureProblem, *, search: bool = True) -> None:
@@ -105,7 +101,7 @@ class Decider:
                 f"{problem.classes} classes and {problem.rank} directions make {variables} variables, more than "
                 f"{MOST_VARIABLES}: take a narrower layer, fewer classes, or fewer points, which span fewer directions"
             )
-        self._known = {row.tobytes(): i for i, row in reversed(list(enumerate(problem.train + 0.0)))}
+        self.known = {row.tobytes(): i for i, row in reversed(list(enumerate(problem.train + 0.0)))}
 
     @property
     def simplex(self) -> DualSimplex:
@@ -173,41 +169,38 @@ class Decider:
 
     def _first(self) -> FloatArray | None:
         """Search weights that give every training point its label; otherwise sets the conflict or the trouble."""
-        answers: list[FloatArray | Ray] = []
-        found = self.simplex.feasible()
-        if not isinstance(found, str):
-            answers.append(found)
-        for attempt in range(2):
-            for answer in answers:
-                if isinstance(answer, Ray):
-                    self.conflict = self._certify(answer, None, None)
-                    if self.conflict is not None:
-                        return None
-                elif self._trains(answer):
-                    return answer
-            if attempt == 0:
-                answers = list(self._second_opinion() or ())
-        self.trouble = f"training rows: {_TROUBLE if not isinstance(found, str) else found}"
+        self.trouble = _TROUBLE
+        for answer in self.answers():
+            if isinstance(answer, str):
+                self.trouble = answer
+            elif isinstance(answer, Ray):
+                self.conflict = self.certify(answer, None, None)
+                if self.conflict is not None:
+                    return None
+            elif self._trains(answer):
+                return answer
         return None
 
-    def _second_opinion(self, probe: FloatArray | None = None, target: int = -1) -> tuple[FloatArray, Ray] | None:
+    def answers(self, probe: FloatArray | None = None, target: int = -1) -> Iterator[FloatArray | Ray | str]:
+        """Weights, multipliers or a reason from the linear program; and where they are not accepted, a second opinion."""
+        yield self.simplex.feasible(probe, target)
         self.nearest_points += 1
-        return nearest_point(self.x, self.problem.labels, self.problem.classes, probe, target)
+        yield from nearest_point(self.x, self.problem.labels, self.problem.classes, probe, target) or ()
 
     def _repeated(self) -> Certificate | None:
         """A training point that is there twice with different labels."""
         for i, row in enumerate(self.problem.train + 0.0):
-            first = self._known[row.tobytes()]
+            first = self.known[row.tobytes()]
             a, b = int(self.problem.labels[first]), int(self.problem.labels[i])
             if a != b:
                 points, winners, losers = np.array([first, i]), np.array([a, b]), np.array([b, a])
-                return self._certify(Ray(points, winners, losers, np.ones(2)), None, None)
+                return self.certify(Ray(points, winners, losers, np.ones(2)), None, None)
         return None
 
-    def _certify(self, ray: Ray, probe: int | None, target: int | None) -> Certificate | None:
-        return check_certificate(
-            self.problem, Certificate(probe, target, ray.points, ray.winners, ray.losers, ray.multipliers)
-        )
+    def certify(self, ray: Ray, probe: int | None, target: int | None) -> Certificate | None:
+        """The multipliers as a certificate, if they prove anything."""
+        found = Certificate(probe, target, ray.points, ray.winners, ray.losers, ray.multipliers)
+        return check_certificate(self.problem, found)
 
 
 class _Block:
@@ -222,10 +215,10 @@ class _Block:
         self.decisions = Decisions(np.full(shape, UNDECIDED), np.full(shape, -1))
         self.candidate = np.full(shape, -1)  # index into self.visited
         self.visited: list[FloatArray] = []
-        self.beaten = np.zeros(
-            (*shape, problem.classes), dtype=bool
-        )  # [j, k, c]: c was above k at j in some completion
-        self.states: dict[tuple[int, int], FloatArray] = {}
+        # [j, k, c]: whether c was above k at j in some completion
+        self.beaten = np.zeros((*shape, problem.classes), dtype=bool)
+        self.states: dict[tuple[int, int], FloatArray] = {}  # where the search of each pair ended
+        self._first: FloatArray | None = None
         self._each = np.arange(len(probes))
 
     @property
@@ -238,7 +231,7 @@ class _Block:
         """Probes that repeat a training point."""
         problem = self.owner.problem
         for j, probe in enumerate(self.probes):
-            i = self.owner._known.get((problem.probes[probe] + 0.0).tobytes())
+            i = self.owner.known.get((problem.probes[probe] + 0.0).tobytes())
             if i is None:
                 continue
             label = int(problem.labels[i])
@@ -265,13 +258,13 @@ class _Block:
         """Newton steps towards every open pair, from where the last ones ended."""
         interior = self.owner._interior
         assert interior is not None
-        assert interior.weights is not None
-        self.look(interior.weights)
-        first = interior.first_steps(self.x)
+        if self._first is None:
+            self.look(self.owner.centre)
+            self._first = interior.first_steps(self.x)
         for j, c in self.open:
             if self.candidate[j, c] >= 0:
                 continue
-            visited, _ = interior.search(self.x[j], c, first[j], self.states.get((j, c)), steps)
+            visited, _ = interior.search(self.x[j], c, self._first[j], self.states.get((j, c)), steps)
             for weights in visited:
                 self.look(weights)
             if visited:
@@ -296,20 +289,10 @@ class _Block:
         weights = problem.to_frame(np.stack([self.visited[i] for i in used]))
         weights /= np.abs(weights).max((1, 2), keepdims=True)
         good = check_witnesses(problem, weights)
-        z = problem.z_probes[self.probes]
         for weight, index, trained in zip(weights, used, good, strict=True):
             where, classes = np.nonzero(self.candidate == index)
             self.candidate[where, classes] = -1
-            if not trained:
-                continue
-            found = sure_margins(weight[None], z[where])
-            own = found.scores[0][np.arange(len(where)), classes][:, None]
-            loose = found.errors[0][np.arange(len(where)), classes][:, None]
-            sure = own - found.scores[0] > (found.errors[0] + loose) * (1.0 + 1e-12)
-            sure[np.arange(len(where)), classes] = True
-            proved = sure.all(1)
-            for i in np.flatnonzero(~proved):
-                proved[i] = wins(problem, weight, int(self.probes[where[i]]), int(classes[i]))
+            proved = wins(problem, weight, self.probes[where], classes) if trained else np.zeros(len(where), dtype=bool)
             if proved.any():
                 self.decisions.feasible[where[proved], classes[proved]] = FEASIBLE
                 self.decisions.proof[where[proved], classes[proved]] = len(self.owner.witnesses)
@@ -321,12 +304,14 @@ class _Block:
         for j, c in self.open:
             if self.decisions.feasible[j, c] != UNDECIDED:
                 continue
-            found = self.owner.simplex.feasible(self.x[j], c)
-            if not isinstance(found, str) and self._accept(j, c, found):
-                continue
-            if any(self._accept(j, c, answer) for answer in self.owner._second_opinion(self.x[j], c) or ()):
-                continue
-            self.decisions.reasons[j, c] = found if isinstance(found, str) else _TROUBLE
+            reason = _TROUBLE
+            for answer in self.owner.answers(self.x[j], c):
+                if isinstance(answer, str):
+                    reason = answer
+                elif self._accept(j, c, answer):
+                    break
+            else:
+                self.decisions.reasons[j, c] = reason
 
     def _accept(self, j: int, c: int, answer: FloatArray | Ray) -> bool:
         if isinstance(answer, Ray):
@@ -339,7 +324,7 @@ class _Block:
         return bool(self.decisions.feasible[j, c] == FEASIBLE)
 
     def _exclude(self, j: int, c: int, ray: Ray) -> bool:
-        certificate = self.owner._certify(ray, int(self.probes[j]), c)
+        certificate = self.owner.certify(ray, int(self.probes[j]), c)
         if certificate is None:
             return False
         self.decisions.feasible[j, c] = INFEASIBLE

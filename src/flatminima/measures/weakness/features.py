@@ -15,6 +15,7 @@ from flatminima.names import unknown
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 #: What every function of this package takes as features: a tensor, an array, or nested lists of numbers.
 ArrayLike = Tensor | NDArray[Any] | Sequence[Any]

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from flatminima.measures.weakness.decisions import FEASIBLE, INFEASIBLE, UNDECIDED, Decider, one_thread
-from flatminima.measures.weakness.features import ArrayLike, FeatureError, FloatArray, IntArray, class_labels
+from flatminima.measures.weakness.features import ArrayLike, FloatArray, IntArray, class_labels
 from flatminima.measures.weakness.frame import FeatureProblem
 from flatminima.measures.weakness.proofs import Certificate
 from flatminima.measures.weakness.verification import Verification, verify
@@ -175,11 +175,9 @@ def pair_proxy(
         'no linear layer gives every training point its label: those of 2 training points (0, 1) contradict each other'
     """
     problem = FeatureProblem.of(train, labels, probes, classes)
-    truth = (
-        None
-        if probe_labels is None
-        else class_labels(probe_labels, "probe_labels", len(problem.probes), problem.classes)
-    )
+    truth = None
+    if probe_labels is not None:
+        truth = class_labels(probe_labels, "probe_labels", len(problem.probes), problem.classes)
     with one_thread():
         return _decided(problem, truth, search)
 
@@ -191,24 +189,17 @@ def _decided(problem: FeatureProblem, truth: IntArray | None, search: bool) -> P
     undecided: dict[tuple[int, int], str] = {}
     possible: bool | None = decider.train()
     if possible:
-        distinct, back = np.unique(problem.probes + 0.0, axis=0, return_index=True, return_inverse=True)[1:]
-        order = np.argsort(distinct, kind="stable")  # in the order of their first appearance
-        first = distinct[order]
-        rank = np.empty_like(order)
-        rank[order] = np.arange(len(order))
-        for start in range(0, len(first), _BLOCK):
-            part = first[start : start + _BLOCK]
+        places: dict[bytes, int] = {}
+        first = np.array([places.setdefault(row.tobytes(), j) for j, row in enumerate(problem.probes + 0.0)])
+        distinct = np.unique(first)
+        for start in range(0, len(distinct), _BLOCK):
+            part = distinct[start : start + _BLOCK]
             found = decider.decide(part)
             feasible[part], proof[part] = found.feasible, found.proof
             undecided |= {(int(part[j]), c): reason for (j, c), reason in found.reasons.items()}
-        same = first[rank[back.ravel()]]
-        feasible, proof = feasible[same], proof[same]
-        undecided = {
-            (j, c): undecided[int(same[j]), c]
-            for j in range(len(same))
-            for c in range(shape[1])
-            if (int(same[j]), c) in undecided
-        }
+        feasible, proof = feasible[first], proof[first]
+        open_pairs = zip(*np.nonzero(feasible == UNDECIDED), strict=True)
+        undecided = {(int(j), int(c)): undecided[int(first[j]), int(c)] for j, c in open_pairs}
     elif decider.conflict is not None:
         feasible[:] = INFEASIBLE
     else:
@@ -257,6 +248,3 @@ def _notes(problem: FeatureProblem, decider: Decider, undecided: int) -> tuple[s
     if undecided:
         notes.append(f"{undecided} pairs are undecided and not counted")
     return tuple(notes)
-
-
-__all__ = ["FeatureError", "PairProxy", "pair_proxy"]

@@ -24,9 +24,9 @@ How they are checked, in double precision with every rounding accounted for (:ma
   equations, and one class is left out, because the equations of all classes add up to zero.
 - Where the points are in special position (a probe that repeats a training point) there are fewer multipliers than
   equations. A small system is then solved in exact rational arithmetic, again ``"exact"``.
-- Otherwise the residual itself is a statement: any weights w satisfy :math:`\min_s \text{margin}_s \le \|r\|_1 \max|w|`
-  when :math:`\sum \lambda = 1`. The certificate is then a proof up to that ``resolution``, in a frame where each unit
-  varies by about 1.
+- Otherwise the residual itself is a statement: any weights w satisfy :math:`\min_s \text{margin}_s \le 2 \|r\|_1
+  \max|w|` when :math:`\sum \lambda = 1` (2, because a class was left out). The certificate is then a proof up to that
+  ``resolution``, in a frame where each unit varies by about 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from flatminima.measures.weakness.features import FloatArray, IntArray
+from flatminima.measures.weakness.features import BoolArray, FloatArray, IntArray
 from flatminima.measures.weakness.frame import FeatureProblem
 from flatminima.measures.weakness.rational import exact_margins_positive, exact_multipliers
 
@@ -123,8 +123,7 @@ def _points(problem: FeatureProblem, certificate: Certificate, exact: bool = Fal
 
 def _equations(z: FloatArray, winners: IntArray, losers: IntArray) -> FloatArray:
     """Matrix B: a column per inequality, a row per class (but one) and coordinate, without rows that are exactly zero."""
-    used, first, counts = np.unique(np.concatenate([winners, losers]), return_index=True, return_counts=True)
-    del first
+    used, counts = np.unique(np.concatenate([winners, losers]), return_counts=True)
     kept = np.delete(used, counts.argmax())  # the class that occurs most: its equations are the longest
     place = np.full(int(used.max()) + 1, -1)
     place[kept] = np.arange(len(kept))
@@ -172,11 +171,11 @@ def check_certificate(problem: FeatureProblem, certificate: Certificate) -> Cert
         exact = exact_certificate(problem, certificate)
         if exact is not None:
             return replace(certificate, proof="exact", resolution=0.0, multipliers=np.array([float(x) for x in exact]))
-    resolution = float((r + noise).sum() * (1.0 + 1e-12))
+    resolution = 2.0 * float((r + noise).sum() * (1.0 + 1e-12))
     return replace(certificate, proof="resolution", resolution=resolution) if resolution <= RESOLUTION else None
 
 
-def _subset(certificate: Certificate, keep: np.ndarray) -> Certificate:
+def _subset(certificate: Certificate, keep: BoolArray) -> Certificate:
     return replace(
         certificate,
         points=certificate.points[keep],
@@ -196,48 +195,36 @@ def exact_certificate(problem: FeatureProblem, certificate: Certificate) -> list
     return exact_multipliers(z, certificate.winners, certificate.losers, certificate.multipliers)
 
 
-def check_witnesses(problem: FeatureProblem, weights: FloatArray, block: int = 64) -> np.ndarray:
+def check_witnesses(problem: FeatureProblem, weights: FloatArray, block: int = 64) -> BoolArray:
     """Which of the weights ``(B, K, dimension)`` give every training point its label; decided without a doubt."""
     good = np.empty(len(weights), dtype=bool)
-    z, labels = problem.z_train, problem.labels
-    rows = np.arange(len(z))
     for start in range(0, len(weights), block):
-        part = weights[start : start + block]
-        margin = sure_margins(part, z)
-        own = margin.scores[:, rows, labels][:, :, None]
-        loose = margin.errors[:, rows, labels][:, :, None]
-        sure = own - margin.scores > (margin.errors + loose) * (1.0 + 1e-12)
-        sure[:, rows, labels] = True
-        good[start : start + len(part)] = sure.all((1, 2))
+        part = slice(start, start + block)
+        good[part] = _surely(weights[part], problem.z_train, problem.labels).all(1)
     for i in np.flatnonzero(~good):
         good[i] = exact_margins_positive(weights[i], problem.frame, problem.train, problem.labels)
     return good
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """Scores ``(B, points, K)`` and bounds on their rounding errors."""
+def wins(problem: FeatureProblem, weights: FloatArray, probes: IntArray, targets: IntArray) -> BoolArray:
+    """At which probes the target strictly wins under the weights ``(K, dimension)``; decided without a doubt."""
+    good: BoolArray = _surely(weights[None], problem.z_probes[probes], targets)[0]
+    for i in np.flatnonzero(~good):
+        phi = problem.probes[probes[i] : probes[i] + 1]
+        good[i] = exact_margins_positive(weights, problem.frame, phi, targets[i : i + 1])
+    return good
 
-    scores: FloatArray
-    errors: FloatArray
 
-
-def sure_margins(weights: FloatArray, z: FloatArray) -> Scores:
-    """Scores of the points under every set of weights, with bounds on their rounding errors."""
+def _surely(weights: FloatArray, z: FloatArray, winners: IntArray) -> BoolArray:
+    """Whether the winner leads by more than rounding, ``(B, points)``; ``False`` is no answer."""
     count, classes, size = weights.shape
-    flat = weights.reshape(count * classes, size)
+    flat, points = weights.reshape(count * classes, size), np.arange(len(z))
     scores = (z @ flat.T).reshape(len(z), count, classes).transpose(1, 0, 2)
-    errors = _gamma(size + 4) * (np.abs(z) @ np.abs(flat).T) + _TINY
-    return Scores(scores, errors.reshape(len(z), count, classes).transpose(1, 0, 2))
-
-
-def wins(problem: FeatureProblem, weights: FloatArray, probe: int, target: int) -> bool:
-    """Whether ``target`` strictly wins at the probe under the weights ``(K, dimension)``; decided without a doubt."""
-    found = sure_margins(weights[None], problem.z_probes[probe : probe + 1])
-    scores, errors = found.scores[0, 0], found.errors[0, 0]
-    sure = scores[target] - scores > (errors + errors[target]) * (1.0 + 1e-12)
-    sure[target] = True
-    if sure.all():
-        return True
-    phi = problem.probes[probe : probe + 1]
-    return exact_margins_positive(weights, problem.frame, phi, np.array([target]))
+    errors = (
+        (_gamma(size + 4) * (np.abs(z) @ np.abs(flat).T) + _TINY).reshape(len(z), count, classes).transpose(1, 0, 2)
+    )
+    lead = scores[:, points, winners][:, :, None] - scores
+    sure = lead > (errors + errors[:, points, winners][:, :, None]) * (1.0 + 1e-12)
+    sure[:, points, winners] = True
+    out: BoolArray = np.all(sure, axis=2)
+    return out

@@ -86,7 +86,7 @@ def verify(result: PairProxy, *, rational: bool = False, sample: int | None = No
             else:
                 if index not in trained:
                     trained[index] = bool(check_witnesses(problem, weights[None])[0])
-                good = trained[index] and wins(problem, weights, j, c)
+                good = trained[index] and bool(wins(problem, weights, np.array([j]), np.array([c]))[0])
             kind = "feasible" if good else ""
         else:
             assert result.feasible[j, c] == INFEASIBLE
