@@ -345,9 +345,48 @@ def test_audit_judges_the_users_model(run: Run, target: Path, weights: Path, tmp
         assert f"{kind}: outputs change by at most" in outcome.out
 
 
+def test_symmetries_are_listed_layer_by_layer(run: Run, target: Path, weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "symmetries.json"
+    outcome = run("symmetries", f"{target}:build", "--checkpoint", weights, "--json", path)
+    assert outcome.status == 0, outcome.err
+    content = json.loads(path.read_text(), parse_constant=pytest.fail)
+    kinds = {entry["kind"]: entry for entry in content["found"]}
+    assert kinds["relu-unit-rescaling"]["sites"] == ["0 -> 2"]
+    assert kinds["relu-unit-rescaling"]["proof"]["status"] == "proved"
+    assert kinds["relu-unit-rescaling"]["proof"]["max_change"] < 1e-9
+    assert kinds["temperature"]["preserves"] == "predictions"
+    assert "no law" in kinds["temperature"]["hessian_law"]
+    lines = outcome.out.splitlines()
+    assert lines.index("0") < lines.index("2")  # the layers, in their order
+    for entry in content["found"]:
+        assert any(line.startswith(f"  {entry['kind']} ") and entry["preserves"] in line for line in lines)
+    few = run("symmetries", f"{target}:build", "--kinds", "temperature", "--rows", 3)
+    assert "temperature" in few.out
+    assert "unit-permutation" not in few.out
+
+
+def test_symmetries_of_models_that_take_dictionaries(run: Run, target: Path) -> None:
+    outcome = run("symmetries", f"{target}:own_loss", "--mode", "train")
+    assert outcome.status == 0, outcome.err
+    assert "temperature: no layer scales all outputs alike" in " ".join(outcome.out.split())  # a loss is no logit
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--kinds", "permutation"), "unknown kind of symmetry 'permutation': expected one of"),
+        (("--mode", "test"), "--mode must be one of eval, train, got 'test'"),
+        (("--rows", "0"), "--rows must be at least 1, got 0"),
+    ],
+)
+def test_bad_requests_for_symmetries_are_refused(run: Run, target: Path, arguments: tuple[str, ...], text: str) -> None:
+    target.write_text("raise RuntimeError('reached')")  # before the user's own code runs
+    refused(run("symmetries", f"{target}:build", *arguments), text)
+
+
 def test_a_pickle_checkpoint_is_refused_with_the_reason(run: Run, target: Path, tmp_path: Path) -> None:
     torch.save(nn.Linear(3, 2), tmp_path / "w.pt")
-    for job in ("measure", "audit"):
+    for job in ("measure", "audit", "symmetries"):
         outcome = run(job, f"{target}:build", "--checkpoint", tmp_path / "w.pt")
         refused(outcome, str(tmp_path / "w.pt"), "reading a pickle can run any code", "safetensors.torch.save_model")
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "w.pt")
@@ -400,7 +439,7 @@ def test_bad_accuracies_are_refused_by_name(run: Run, target: Path, arguments: t
 
 def test_version_and_help(run: Run) -> None:
     assert run("--version") == Outcome(0, f"flatminima {flatminima.__version__}\n", "")
-    for job in ("compare", "measure", "audit"):
+    for job in ("compare", "measure", "audit", "symmetries"):
         outcome = run(job, "--help")
         assert outcome.status == 0
         assert "Usage:" in outcome.out

@@ -63,6 +63,7 @@ def build(name: str) -> nn.Module:
     return randomised(models[name])
 
 
+RESCALINGS = ("relu-layer-rescaling", "relu-unit-rescaling")
 NETS = ("deep", "conv", "batch norm", "residual")
 
 
@@ -78,7 +79,7 @@ def test_one_value_on_the_orbit_and_no_trace_below_it(name: str, seed: int, max_
     base = orbit_minimum(objective(model))
     assert base.gap <= 1e-10 * base.value
     x = objective(model)._pieces.first().inputs
-    rescalings = [s for s in find_symmetries(model, x).found if s.kind.startswith("relu-")]
+    rescalings = find_symmetries(model, x, kinds=RESCALINGS).found
     assert rescalings
     for symmetry in rescalings:
         twin = objective(symmetry.member(torch.Generator().manual_seed(seed), max_scale).apply(model))
@@ -94,7 +95,7 @@ def test_the_scales_that_are_returned_reach_the_value(name: str) -> None:
     found = orbit_minimum(objective(model))
     assert found.attained
     x = objective(model)._pieces.first().inputs
-    (unit,) = [s for s in find_symmetries(model, x).found if s.kind == "relu-unit-rescaling"]
+    (unit,) = find_symmetries(model, x, kinds=["relu-unit-rescaling"]).found
     twin = copy.deepcopy(model)
     with torch.no_grad():
         tensors = dict(twin.named_parameters())

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatminima import Objective, measure
+from flatminima import Objective, find_symmetries, measure
 from flatminima.measures import NotApplicableError
 from flatminima.measures.path_norm import path_norm_of
 from flatminima.models.convnet import convnet
@@ -107,17 +107,16 @@ def test_branches_add_up(power: int) -> None:
     [lambda: convnet((1, 8, 8), 3, channels=(2, 3), hidden=4, norm="batch"), lambda: resnet18((1, 8, 8), 3, width=2)],
 )
 def test_reference_networks_have_path_norms_that_rescaling_keeps(build: Callable[[], nn.Module]) -> None:
-    from flatminima import find_symmetries
-
     torch.manual_seed(0)
     model = randomised(build())
     f = objective(model, 1, 8, 8)
     x = f._pieces.first().inputs
-    for symmetry in find_symmetries(model, x).found:
-        if symmetry.kind.startswith("relu-"):
-            twin = objective(symmetry.member(torch.Generator().manual_seed(0)).apply(model), 1, 8, 8)
-            for power in (1, 2):
-                assert path_norm_of(twin, power) == pytest.approx(path_norm_of(f, power), rel=1e-9)
+    found = find_symmetries(model, x, kinds=["relu-layer-rescaling", "relu-unit-rescaling"]).found
+    assert len(found) == 2
+    for symmetry in found:
+        twin = objective(symmetry.member(torch.Generator().manual_seed(0)).apply(model), 1, 8, 8)
+        for power in (1, 2):
+            assert path_norm_of(twin, power) == pytest.approx(path_norm_of(f, power), rel=1e-9)
 
 
 @pytest.mark.parametrize(

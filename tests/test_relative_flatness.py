@@ -177,3 +177,10 @@ def test_a_tied_last_layer_is_refused_without_a_name() -> None:
     f = objective(Sequence())
     with pytest.raises(NotApplicableError, match=r"again.weight is tied to head.weight"):
         relative_flatness_of(f)
+
+
+def test_a_frozen_last_layer_is_refused_and_the_features_are_there_all_the_same() -> None:
+    f = objective(mlp()).restricted(["0.weight"])
+    with pytest.raises(NotApplicableError, match="the last layer '4' is not among the selected"):
+        relative_flatness_of(f)
+    assert measure(f, ["participation_ratio"])["participation_ratio"].applies

@@ -227,7 +227,7 @@ def test_what_has_no_logits_is_refused_with_the_reason() -> None:
     found = one(single, "logit_normalised_sharpness")
     assert not found.applies
     assert math.isnan(found.value)
-    assert "at least two classes" in found.note
+    assert "there is one class" in found.note
     flat = nn.Linear(4, 3).double()
     nn.init.zeros_(flat.weight)
     nn.init.zeros_(flat.bias)
@@ -235,3 +235,16 @@ def test_what_has_no_logits_is_refused_with_the_reason() -> None:
     with pytest.raises(NotApplicableError, match="no spread to divide by"):
         logit_normalised(f)
     assert "no spread" in one(f, "logit_normalised_sharpness").note
+
+
+def test_logits_of_sequences_are_normalised_over_their_classes() -> None:
+    torch.manual_seed(0)
+    x, y = randn(4, 5, 3), torch.randint(0, 6, (4, 5))
+    model = nn.Linear(3, 6).double()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+    z = model(x).detach().flatten(0, 1)
+    expected = float(F.cross_entropy(z / z.std(1, correction=0, keepdim=True), y.flatten()))
+    assert logit_normalised(Objective(model, loss, (x, y))).loss() == pytest.approx(expected, rel=1e-12)

@@ -24,6 +24,7 @@ from flatminima.symmetries import find_symmetries, prove
 # Numbers that must agree exactly are compared with this relative slack for double-precision rounding.
 _ROUNDING = 1e-6
 RESOLVED = 2.0  # a measure whose error hides a change by this factor has not been shown to survive
+_KINDS = ("relu-layer-rescaling", "relu-unit-rescaling")  # the kinds whose members are measured
 _PROBE_ROWS = 64  # of the first batch, to find the symmetries
 _PROOF_ROWS = 1024  # of the first batch, to prove every member
 
@@ -182,7 +183,7 @@ def audit(
     base = _measure(original, loss_fn, pairs, names, options, seed)
     tested = [name for name in names if base[name].applies]
     inputs = pairs[0][0]
-    search = find_symmetries(original, inputs[:_PROBE_ROWS])
+    search = find_symmetries(original, inputs[:_PROBE_ROWS], kinds=_KINDS)
     generator = torch.Generator().manual_seed(seed)
     changes: list[Change] = []
     proofs: dict[str, float] = {}

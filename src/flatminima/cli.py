@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import flatminima
-from flatminima import cli_measure
+from flatminima import cli_measure, cli_symmetries
 from flatminima.audit import audit as run_audit
 from flatminima.data import DATASETS, DataError
 from flatminima.measures import GROUPS, MEASURES, MeasureOptions, resolve
@@ -37,6 +37,7 @@ from flatminima.study.measure_settings import MATRICES
 from flatminima.study.settings import DEFAULT_EPOCHS, METHODS, CompareSettings, SettingsError
 from flatminima.study.store import StoreError, write_json, write_text
 from flatminima.study.target import Target, TargetError, first_rows, load_target
+from flatminima.symmetries import KINDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 _reproduce = typer.Typer(no_args_is_help=True, help="Run a published experiment again and compare.")
@@ -289,6 +290,25 @@ def audit(
     for site, reason in report.rejected:
         _out.print(f"not rescaled: {site}: {reason}", highlight=False, markup=False)
     _save(json_path, report.to_dict())
+
+
+@app.command()
+def symmetries(
+    reference: _Reference,
+    checkpoint: _Checkpoint = None,
+    kinds: Annotated[str | None, typer.Option(help=f"Comma-separated; default all: {', '.join(KINDS)}.")] = None,
+    mode: Annotated[str, typer.Option(help="eval, or train for batch statistics.")] = "eval",
+    rows: Annotated[int, typer.Option(help="Prove on the first so many rows of the first batch.")] = 64,
+    device: _Device = "cpu",
+    json_path: _Json = None,
+) -> None:
+    """List the maps of the parameters that change no prediction, layer by layer, and what was looked for and rejected."""
+    cli_symmetries.check(kinds, mode, rows)
+    _check_json(json_path)
+    target = _target(reference, checkpoint, device)
+    found = cli_symmetries.search(target, kinds, mode, rows)
+    _out.print(cli_symmetries.listing(found, target.model))
+    _save(json_path, found.to_dict())
 
 
 @_reproduce.command("factorization")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from flatminima.measures.base import Measurement, Workbench, register
+from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.hessian import quadratic_form
 from flatminima.measures.invariance import CHANGES_RAY, KEEPS_RAY, NEARLY
+from flatminima.measures.outputs import one_row
 from flatminima.objective import Objective
 
 
 def _why_not(objective: Objective) -> str | None:
-    return (
-        "the model computes its own loss (loss_fn=None), which hides the outputs" if objective.loss_fn is None else None
-    )
+    try:
+        one_row(objective)
+    except NotApplicableError as error:
+        return str(error) if objective.process_group is None else None  # products add up over processes
+    return None
 
 
 @register(

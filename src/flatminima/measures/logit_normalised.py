@@ -6,31 +6,27 @@ the logits of each row by their standard deviation over the classes removes that
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from flatminima.measures import scales
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.invariance import CHANGES_DISTANCES, CHANGES_RATIOS, KEEPS_DISTANCES, KEEPS_RATIOS, NEARLY
+from flatminima.measures.outputs import class_axis, one_row
 from flatminima.measures.sharpness import Ball, average, worst
 from flatminima.objective import LossFn, NonFiniteLossError, Objective
 
 
 def why_not_normalised(objective: Objective) -> str | None:
     """Why logits cannot be normalised, or ``None``."""
-    if objective.loss_fn is None:
-        return "the model computes its own loss (loss_fn=None), which hides the logits"
-    index, piece, _ = next(iter(objective._shares()))
-    few = piece.cut(0, 1)
-    with torch.no_grad():
-        output = objective._forward.logits(index, few, objective._values(None))
-    if output.dim() < 2 or output.shape[1] < 2:
-        return f"the outputs are {tuple(output.shape[1:])} numbers a row; logits of at least two classes are needed"
+    try:
+        class_axis(*one_row(objective))
+    except NotApplicableError as error:
+        return str(error)
     return None
 
 
 def logit_normalised(objective: Objective) -> Objective:
-    r"""The objective with logits :math:`f / \sqrt{\frac1K \sum_k (f_k - \bar f)^2}`, row by row; classes are dimension 1.
+    r"""The objective with logits :math:`f / \sqrt{\frac1K \sum_k (f_k - \bar f)^2}`, row by row (position by position).
 
     Rows whose logits are all equal have no spread, and are refused. Source: Andriushchenko et al., "A Modern Look at
     the Relationship between Sharpness and Generalization" (2023), section 3.
@@ -39,21 +35,20 @@ def logit_normalised(objective: Objective) -> Objective:
         NotApplicableError: there are no logits, or a row without spread.
 
     Example:
-        >>> net = torch.nn.Linear(2, 3)
-        >>> data = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+        >>> import torch
+        >>> net = torch.nn.Linear(2, 3).double()
+        >>> data = torch.randn(4, 2).double(), torch.tensor([0, 1, 2, 0])
         >>> f = Objective(net, torch.nn.functional.cross_entropy, data)
         >>> g = logit_normalised(f)
         >>> abs(g.loss(f.point()) - g.loss(10 * f.point())) < 1e-5
         True
     """
-    reason = why_not_normalised(objective)
-    if reason is not None:
-        raise NotApplicableError(reason)
+    axis = class_axis(*one_row(objective))
     loss_fn: LossFn | None = objective.loss_fn
     assert loss_fn is not None
 
     def normalised_loss(output: Tensor, target: Tensor) -> Tensor:
-        spread = output.std(dim=1, correction=0, keepdim=True)
+        spread = output.std(dim=axis, correction=0, keepdim=True)
         return loss_fn(output / spread, target)
 
     twin = objective.with_loss(normalised_loss)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.invariance import FUNCTION_PRESERVING, NEARLY
 from flatminima.measures.norms import CHANGES_SPECTRUM, KEEPS_SPECTRUM, spectral_product_of, why_no_matrices
-from flatminima.measures.outputs import forward, forward_rounding, why_no_outputs
+from flatminima.measures.outputs import class_axis, forward, forward_rounding, one_row
 from flatminima.objective import Objective
 
 _KEEPS = FUNCTION_PRESERVING - NEARLY
@@ -21,15 +21,8 @@ _CHANGES = frozenset({"temperature"})
 
 def why_no_margins(objective: Objective) -> str | None:
     """Why the rows have no margins, or ``None``. Cost: one forward pass of one row."""
-    reason = why_no_outputs(objective)
-    if reason is not None:
-        return reason
-    index, piece, _ = next(iter(objective._shares()))
-    few = piece.cut(0, 1)
-    with torch.no_grad():
-        outputs = objective._forward.logits(index, few, objective._values(None))
     try:
-        _rows(objective, outputs, few.targets)
+        _rows(objective, *one_row(objective))
     except NotApplicableError as error:
         return str(error)
     return None
@@ -55,9 +48,7 @@ def margins(objective: Objective) -> Tensor:
         >>> margins(f).tolist()
         [2.0, -1.0]
     """
-    reason = why_no_outputs(objective)
-    if reason is not None:
-        raise NotApplicableError(reason)
+    _rows(objective, *one_row(objective))
     ignored = getattr(objective.loss_fn, "ignore_index", -100)
     found = []
     for seen in forward(objective):
@@ -72,25 +63,17 @@ def margins(objective: Objective) -> Tensor:
 
 def _rows(objective: Objective, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
     """Logits ``(targets, classes)`` and classes ``(targets,)``."""
-    if not isinstance(targets, Tensor):
-        raise NotApplicableError(f"the targets are not classes: {type(targets).__name__}")
-    targets = targets.to(outputs.device)
+    if isinstance(targets, Tensor):
+        targets = targets.to(outputs.device)
     loss_fn = objective.loss_fn
     if loss_fn is F.binary_cross_entropy_with_logits or isinstance(loss_fn, nn.BCEWithLogitsLoss):
         if outputs.shape[1:].numel() != 1 or not bool(((targets == 0) | (targets == 1)).all()):
             raise NotApplicableError("binary cross entropy of several outputs, or of soft targets, has no margin")
         flat = outputs.reshape(-1, 1)
         return torch.cat([torch.zeros_like(flat), flat], 1), targets.reshape(-1).long()
-    if targets.is_floating_point() or targets.is_complex():
+    if isinstance(targets, Tensor) and (targets.is_floating_point() or targets.is_complex()):
         raise NotApplicableError(f"the targets are not classes: {targets.dtype}")
-    if outputs.dim() >= 2 and outputs.shape[:1] + outputs.shape[2:] == targets.shape:
-        outputs = outputs.movedim(1, -1)
-    elif outputs.dim() < 2 or outputs.shape[:-1] != targets.shape:
-        raise NotApplicableError(
-            f"outputs {tuple(outputs.shape)} are not logits of classes for targets {tuple(targets.shape)}"
-        )
-    if outputs.shape[-1] < 2:
-        raise NotApplicableError("there is one class, and a margin needs two")
+    outputs = outputs.movedim(class_axis(outputs, targets), -1)
     return outputs.reshape(-1, outputs.shape[-1]), targets.reshape(-1).long()
 
 

@@ -126,20 +126,14 @@ def _coefficients(objective: Objective, h: Tensor, sites: tuple[Rescaling, ...])
         first += site.units
     rows, columns, values = [], [], []
     zero = torch.zeros((), dtype=torch.int64)
-    parts = dict(zip(objective.parameter_names, h.split([p.numel() for p in _parameters(objective)]), strict=True))
-    for name, shape in ((n, p.shape) for n, p in objective.split(objective.point()).items()):
-        part, read, written = parts[name].reshape(shape), reads.get(name, zero), writes.get(name, zero)
-        read, written, part = _reduced(read, written, part)
+    for name, part in objective.split(h).items():
+        read, written, part = _reduced(reads.get(name, zero), writes.get(name, zero), part.cpu())
         rows.append(read.reshape(-1).numpy())
         columns.append(written.reshape(-1).numpy())
         values.append(part.reshape(-1).numpy())
     coordinates: tuple[NDArray[np.int64], NDArray[np.int64]] = (np.concatenate(rows), np.concatenate(columns))
     found = coo_matrix((np.concatenate(values), coordinates), (first, first))
     return csr_matrix(found)
-
-
-def _parameters(objective: Objective) -> list[Tensor]:
-    return list(objective.split(objective.point()).values())
 
 
 def _reduced(read: Tensor, written: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:

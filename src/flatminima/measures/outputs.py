@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flatminima.batches import moved
 from flatminima.measures.base import NotApplicableError
-from flatminima.objective import Objective
+from flatminima.objective import Objective, ObjectiveError
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,52 @@ def why_no_outputs(objective: Objective) -> str | None:
     if objective.process_group is not None:
         return "the data are spread over several processes"
     return None
+
+
+def one_row(objective: Objective) -> tuple[Tensor, Any]:
+    """Outputs and targets of the first row.
+
+    Raises:
+        NotApplicableError: the model computes its own loss, returns no tensor, or its data are spread over processes.
+
+    Cost: one forward pass of one row.
+    """
+    reason = why_no_outputs(objective)
+    if reason is not None:
+        raise NotApplicableError(reason)
+    index, piece, _ = next(iter(objective._shares()))
+    few = piece.cut(0, 1)
+    with torch.no_grad():
+        try:
+            outputs = objective._forward.logits(index, few, objective._values(None))
+        except ObjectiveError as error:
+            raise NotApplicableError(str(error)) from error
+    return outputs, few.targets
+
+
+def class_axis(outputs: Tensor, targets: Any) -> int:
+    """The axis of the logits along which the classes lie: 1, as cross entropy takes them, or the last.
+
+    Targets that are class numbers decide by their shape; others (class probabilities) have the classes where the outputs have.
+
+    Raises:
+        NotApplicableError: neither fits, or there are fewer than two classes.
+
+    Example:
+        >>> classes = torch.zeros(6, 8, dtype=torch.long)
+        >>> class_axis(torch.zeros(6, 20, 8), classes), class_axis(torch.zeros(6, 8, 20), classes)
+        (1, 2)
+    """
+    if not isinstance(targets, Tensor):
+        raise NotApplicableError(f"the targets are not classes: {type(targets).__name__}")
+    shape = outputs.shape
+    first = outputs.dim() >= 2 and (shape[:1] + shape[2:] == targets.shape or shape == targets.shape)
+    if not first and (outputs.dim() < 2 or shape[:-1] != targets.shape):
+        raise NotApplicableError(f"outputs {tuple(shape)} are not logits of classes for targets {tuple(targets.shape)}")
+    axis = 1 if first else outputs.dim() - 1
+    if shape[axis] < 2:
+        raise NotApplicableError("there is one class; at least two are needed")
+    return axis
 
 
 def forward(objective: Objective, layer: str | None = None) -> Iterator[Seen]:
@@ -86,23 +132,18 @@ def last_layer(objective: Objective) -> LastLayer:
     """The :class:`torch.nn.Linear` whose outputs are those of the model, up to a log-softmax.
 
     Raises:
-        NotApplicableError: the model ends otherwise, or the layer is used twice or tied; the message says what was found.
+        NotApplicableError: the model ends otherwise, or the layer is used twice; the message says what was found.
 
     Cost: one forward pass of one row.
     """
-    reason = why_no_outputs(objective)
-    if reason is not None:
-        raise NotApplicableError(reason)
     calls: list[tuple[str, Tensor]] = []
     handles = [
         module.register_forward_hook(lambda m, args, out, name=name: calls.append((name, out.detach().clone())))
         for name, module in objective.model.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    index, piece, _ = next(iter(objective._shares()))
     try:
-        with torch.no_grad():
-            outputs = objective._forward.logits(index, piece.cut(0, 1), objective._values(None))
+        outputs, _ = one_row(objective)
     finally:
         for handle in handles:
             handle.remove()
@@ -115,9 +156,6 @@ def last_layer(objective: Objective) -> LastLayer:
     used = [n for n, _ in calls].count(name)
     if used > 1:
         raise NotApplicableError(f"the last linear layer {name!r} is used {used} times in one forward pass")
-    reason = tied(objective, f"{name}.weight")
-    if reason is not None:
-        raise NotApplicableError(reason)
     return LastLayer(name, bare)
 
 

@@ -20,7 +20,7 @@ from flatminima.curvature.output_curvature import CoupledRowsError, output_curva
 from flatminima.curvature.per_sample import RowLayoutError
 from flatminima.curvature.row_squares import Pass, check_rows_apart, each_pass
 from flatminima.curvature.trace import trace
-from flatminima.measures.base import Measurement, Workbench, register
+from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.invariance import CONDITIONAL, NEARLY, SHIFTS, SIGNED_PERMUTATIONS
 from flatminima.measures.outputs import last_layer, tied, why_no_last_layer
 from flatminima.names import unknown
@@ -75,7 +75,7 @@ def relative_flatness_of(
 
     Raises:
         ValueError: no layer of that name with a selected weight; the valid ones are listed.
-        NotApplicableError: no layer was named, and the model does not end in a linear one.
+        NotApplicableError: no layer was named, and the model does not end in a linear one that is its own.
 
     Cost: one gradient for the last layer; one product (2 gradients) for each rank of the weight, or each unit vector.
 
@@ -86,13 +86,15 @@ def relative_flatness_of(
         >>> relative_flatness_of(Objective(net, nn.functional.mse_loss, data)).value    # |w|^2 tr H, H = diag(9, 1)
         50.0
     """
-    end = None if layer is not None and why_no_last_layer(objective) else last_layer(objective)
+    if layer is None and (reason := _why_not(objective)) is not None:
+        raise NotApplicableError(reason)
+    end = None if why_no_last_layer(objective) else last_layer(objective)
     name = layer if layer is not None else end.name if end else ""
     _check_name(objective, name)
     module = objective.model.get_submodule(name)
     weight = objective.split(objective.point())[_parameter(name)].double().flatten(1)
     with contextlib.suppress(RowLayoutError, CoupledRowsError):  # the products in the weight need no rows
-        if end is not None and end.bare and name == end.name:
+        if end is not None and end.bare and name == end.name and tied(objective, _parameter(name)) is None:
             return _exact(objective, name, "closed form", _closed_form(objective, name, weight))
         if isinstance(module, nn.Linear) and tied(objective, _parameter(name)) is None and _once(objective, name):
             return _exact(objective, name, "row products", _row_products(objective, name, weight))
@@ -101,6 +103,19 @@ def relative_flatness_of(
         return _exact(objective, name, "weight products", float(dense(operator, max_n=dense_limit).trace()))
     found = trace(operator, rtol=rtol, max_products=max_products, seed=seed)
     return RelativeFlatness(found.value, found.error, name, "probes", found.converged)
+
+
+def _why_not(objective: Objective) -> str | None:
+    """Why the last layer has no relative flatness, or ``None``."""
+    try:
+        name = last_layer(objective).name
+    except NotApplicableError as error:
+        return str(error)
+    if (reason := tied(objective, _parameter(name))) is not None:
+        return reason
+    if _parameter(name) not in objective.parameter_names:
+        return f"the weight of the last layer {name!r} is not among the selected parameters"
+    return None
 
 
 def _exact(objective: Objective, name: str, method: str, value: float) -> RelativeFlatness:
@@ -225,7 +240,7 @@ class _RowMixed(Operator):
     almost_under=NEARLY,
     changes_under=CONDITIONAL
     | {"relu-unit-rescaling", "norm-gain-rescaling", "sigmoid-flip", "residual-stream", "temperature"},
-    applies=why_no_last_layer,
+    applies=_why_not,
     repair=("adaptive_trace",),
 )
 def relative_flatness(bench: Workbench) -> Measurement:

@@ -79,22 +79,15 @@ class _ActivationSpy(TorchFunctionMode):
     seen: list[UnitRange] = field(default_factory=list)
     _first: set[int] = field(default_factory=set)
     _alive: list[Tensor] = field(default_factory=list)
-    _depth: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._depth:
-            return func(*args, **kwargs)
+        # What the function calls in turn is not seen: F.relu and the torch.relu in it are one activation.
+        result = func(*args, **(kwargs or {}))
         activation = func in _ACTIVATIONS and args and isinstance(args[0], Tensor)
         channels_first = activation and (id(args[0]) in self._first or args[0].dim() >= 4)
-        self._depth += 1  # F.relu calls torch.relu, which is the same activation
-        try:
-            result = func(*args, **kwargs)
-        finally:
-            self._depth -= 1
         if isinstance(result, Tensor):
             follows = func in _CHANNELS_FIRST and (func not in (F.batch_norm, torch.batch_norm) or args[0].dim() > 2)
             if activation or follows:
@@ -160,15 +153,22 @@ def participation_ratio(bench: Workbench) -> Measurement:
     """
     objective = bench.objective
     name = last_layer(objective).name
-    seen = [s.inputs.double().flatten(0, -2) for s in forward(objective, name) if s.inputs is not None]
-    count = sum(len(x) for x in seen)
-    mean = sum(x.sum(0) for x in seen) / count
-    scatter = sum((x - mean).T @ (x - mean) for x in seen)
-    assert isinstance(scatter, Tensor)
+    count, size = 0, 0.0
+    mean = scatter = torch.zeros((), dtype=torch.float64, device=objective.device)
+    for seen in forward(objective, name):
+        assert seen.inputs is not None
+        x = seen.inputs.double().flatten(0, -2)
+        size += float(x.square().sum())
+        own = x.mean(0)
+        # Means and scatters of two sets merge exactly (Chan, Golub and LeVeque 1983).
+        share = count * len(x) / (count + len(x))
+        scatter = scatter + (x - own).T @ (x - own) + share * torch.outer(own - mean, own - mean)
+        count += len(x)
+        mean = mean + (own - mean) * (len(x) / count)
     total, squares = float(scatter.trace()), float(scatter.square().sum())
-    # Constant features leave the rounding of their mean.
-    scale = max(float(x.square().sum()) for x in seen) * torch.finfo(objective.dtype).eps ** 2
-    if total <= 100 * scale:
+    if (
+        total <= (10 * torch.finfo(objective.dtype).eps) ** 2 * size
+    ):  # constant features leave the rounding of their mean
         raise NotApplicableError("the features are the same for all rows")
     value = total**2 / squares
     return Measurement(

@@ -82,7 +82,7 @@ def _query_key(network: Network, attention: Attention) -> Iterator[tuple[str, Si
     scaled: list[Block] = []
     layers: list[str] = []
     for mine in _shared(keys):
-        shared, its_queries = keys[mine[0]], queries[mine]
+        shared, its_queries = keys[mine[0]], torch.unique(queries[mine], dim=0)
         counts = torch.bincount(shared)[shared]
         for multiplicity, draw, draw_diagonal in ((1, invertible, diagonal), (2, rotations, scaled_pairs)):
             chosen = counts == multiplicity
@@ -95,7 +95,7 @@ def _query_key(network: Network, attention: Attention) -> Iterator[tuple[str, Si
                 raise ValueError("no weight writes the queries or the keys")
             layers += [network.flow.parameters.layer(s.name) for s in written + read]
             scaled.append(Block(units, written, read, draw_diagonal))
-            mixable = all(alike(network, row[chosen]) for row in (*its_queries, shared)) or multiplicity == 2
+            mixable = all(network.alike(row[chosen]) for row in (*its_queries, shared)) or multiplicity == 2
             if mixable and not _met(network, torch.cat([its_queries[:, chosen].reshape(-1), shared])) & {"gain"}:
                 full.append(Block(units, written, read, draw))
     name = f"{brief(tuple(dict.fromkeys(layers)))} ({len(queries)} heads)"
@@ -119,7 +119,7 @@ def _slices(network: Network, row: Tensor, multiplicity: int) -> list[Slices]:
     """The weights of the units in a row of one head, in its order; of pairs, both members one after the other."""
     order = row if multiplicity == 1 else torch.unique(row)
     distinct = torch.unique(row)
-    written, read = network.raw.slices_of(distinct)
+    written, read = network.raw.slices_of(distinct, mixed=True)
     if read:
         raise ValueError(f"its units are also read by {brief(tuple(s.name for s in read))}")
     if multiplicity == 1:
@@ -159,9 +159,9 @@ def _value_output(network: Network, attention: Attention) -> Iterator[tuple[str,
     for mine in _shared(values):
         row = values[mine[0]]
         distinct = torch.unique(row)
-        if len(distinct) != len(row) or not alike(network, row):
+        if len(distinct) != len(row) or not network.alike(row):
             raise ValueError("its units do not all meet the same")
-        written, read = network.raw.slices_of(distinct)
+        written, read = network.raw.slices_of(distinct, mixed=True)
         if not written or not read:
             raise ValueError("no weight writes or reads the values")
         layers += [network.flow.parameters.layer(s.name) for s in written + read]
@@ -192,23 +192,22 @@ def _key_bias(network: Network, attention: Attention) -> Iterator[tuple[str, Sit
         raise ValueError(
             "the keys are multiplied by numbers that differ from position to position, such as rotary ones"
         )
-    for name, part in biases:
-        flat = Slices(name, part.shape, part.positions.reshape(1, -1))
+    for name, unit in biases:
+        shape = network.tape.parameters[name].shape
+        flat = Slices(name, shape, (unit.expand(shape).reshape(-1) >= 0).nonzero().reshape(1, -1))
         yield "key-bias-shift", Shifting(f"{name} ({attention.name})", flat, network.typical(name))
 
 
-def _biases(network: Network, roots: Tensor) -> list[tuple[str, Slices]]:
-    """The parameters that are added to units of these classes."""
+def _biases(network: Network, roots: Tensor) -> list[tuple[str, Tensor]]:
+    """The parameters that are added to units of these classes, and the unit of each of their elements."""
     found = []
     added = {element for element in network.flow.biases.values() if element is not None}
-    for name, entries in network.raw.uses_of.items():
-        numbers = network.flow.parameters.numbers[name].reshape(-1)
-        for entry, is_data in entries:
+    for name in network.raw.touched(roots):
+        numbers = network.flow.parameters.numbers[name]
+        for entry, is_data in network.raw.uses_of[name]:
             unit = position_among(network.raw.classes.roots(entry.out)[0], roots)
-            if is_data and bool((unit >= 0).any()):
-                part = slices(name, tuple(network.flow.parameters.numbers[name].shape), unit, len(roots))
-                if part is not None and set(numbers[part.positions].reshape(-1).tolist()) <= added:
-                    found.append((name, part))
+            if is_data and bool((unit >= 0).any()) and set(numbers[unit.expand(numbers.shape) >= 0].tolist()) <= added:
+                found.append((name, unit))
     return found
 
 
@@ -243,8 +242,9 @@ def _value_bias(network: Network, attention: Attention) -> Iterator[tuple[str, S
     feeds = bias_feeds(network.flow, network.raw.classes, values)
     if feeds is None:
         raise ValueError("what reads the values has no bias of its own that could take the shift away")
-    for name, part in biases:
-        if part.positions.shape[1] == 1:
+    for name, unit in biases:
+        part = slices(name, network.tape.parameters[name].shape, unit, len(values))
+        if part is not None and part.positions.shape[1] == 1:
             yield "value-bias-shift", _ValueBias(f"{name} ({attention.name})", part, feeds, network.typical(name))
 
 
@@ -264,18 +264,3 @@ def _require_free(network: Network, roots: Tensor, allowed: frozenset[str], what
 
 def _met(network: Network, roots: Tensor) -> set[str]:
     return {category for root in torch.unique(roots).tolist() for category in network.raw.met[root]}
-
-
-def alike(network: Network, row: Tensor) -> bool:
-    """Whether all units of a row are multiplied by the same numbers, wherever they are multiplied by numbers."""
-    flow = network.flow
-    for event in flow.events:
-        if event.category != "scaled" or event.call is None:
-            continue
-        free, other = sorted((v for v in event.call.args[:2]), key=lambda v: not flow.is_free(v))
-        labels = network.raw.classes.roots(flow.labels(free))[0].expand(event.call.out[0].shape)
-        factor = other.tensor.expand(labels.shape)
-        columns = [factor[labels == root] for root in row.tolist()]
-        if any(not torch.equal(column, columns[0]) for column in columns):
-            return False
-    return True

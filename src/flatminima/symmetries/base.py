@@ -224,8 +224,11 @@ class Symmetry:
 
     @property
     def hessian_law(self) -> str:
-        """What follows for gradient and Hessian, in one line."""
-        return HESSIAN_LAWS[self.form, self.orthogonal]
+        """What follows for gradient and Hessian of a loss of what is preserved, in one line."""
+        if self.preserves == "predictions":
+            return "no law: the loss is another one"
+        law = HESSIAN_LAWS[self.form, self.orthogonal]
+        return law if self.exact else f"{law}, up to eps"
 
     def __repr__(self) -> str:
         return f"Symmetry(kind={self.kind!r}, sites={self.sites!r})"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flatminima.batches import moved
 from flatminima.objective import unwrapped
 
 MODES = ("eval", "train")
@@ -30,7 +31,15 @@ _WIDE = {
 _REINTERPRETS = frozenset({"aten::view.dtype", "aten::view_copy.dtype"})  # the bits, not the number
 
 
-class Widened(TorchDispatchMode):
+class EagerMode(TorchDispatchMode):
+    """A dispatch mode that never runs under `torch.compile`."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler, for seconds, to keep it away from a mode that it never meets
+
+
+class Widened(EagerMode):
     """Every operation that asks for a narrower floating-point type gets float64 instead."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,6 +79,17 @@ def run(twin: nn.Module, inputs: Any, recorder: TorchDispatchMode | None = None)
         if isinstance(arguments, Mapping):
             return twin(**arguments)
         return twin(*arguments) if isinstance(arguments, tuple) else twin(arguments)
+
+
+def run_as_is(model: nn.Module, mode: str, inputs: Any) -> Any:
+    """What a copy of the model returns in its own precision."""
+    twin = copy.deepcopy(unwrapped(model)[0]).train(mode == "train")
+    first = next(iter(twin.parameters()), torch.zeros(()))
+    given = moved(inputs, first.device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[first.device] if first.device.type == "cuda" else []):
+        if isinstance(given, Mapping):
+            return twin(**given)
+        return twin(*given) if isinstance(given, tuple) else twin(given)
 
 
 def _prepared(inputs: Any, device: torch.device) -> Any:

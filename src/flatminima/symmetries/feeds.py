@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .actions import Feed
 from .classes import Classes, position_among
-from .flow import Flow
 from .parameters import Entry
+from .propagation import Propagation
 from .tape import Call
 
 
@@ -33,14 +33,20 @@ class BiasFeed:
     positions: Tensor
     unit: Tensor
 
+    def moves_like(self, other: BiasFeed) -> bool:
+        """Whether both are of the same elements."""
+        return (self.target, self.source) == (other.target, other.source) and torch.equal(
+            self.positions, other.positions
+        )
+
     def action(self, constants: Tensor) -> Feed:
         """Add what the constants, one for each unit, become behind the weight."""
         return Feed(self.target, self.source, self.shapes, self.to, self.positions, constants[self.unit])
 
 
-def bias_feeds(flow: Flow, classes: Classes, roots: Tensor) -> tuple[BiasFeed, ...] | None:
+def bias_feeds(flow: Propagation, classes: Classes, roots: Tensor) -> tuple[BiasFeed, ...] | None:
     """One for each weight that reads the units of these classes; None where one has no bias of its own."""
-    found = []
+    found: list[BiasFeed] = []
     for use in flow.uses:
         for entry in use.entries:
             unit = position_among(classes.roots(entry.into)[0], roots)
@@ -48,7 +54,8 @@ def bias_feeds(flow: Flow, classes: Classes, roots: Tensor) -> tuple[BiasFeed, .
                 part = None if _pads(use.call) else _feed(flow, entry, unit)
                 if part is None:
                     return None
-                found.append(part)
+                if not any(part.moves_like(other) for other in found):  # a layer that runs several times
+                    found.append(part)
     return tuple(found)
 
 
@@ -57,7 +64,7 @@ def _pads(call: Call) -> bool:
     return call.op == "convolution" and any(call.args[4])
 
 
-def _feed(flow: Flow, entry: Entry, unit: Tensor) -> BiasFeed | None:
+def _feed(flow: Propagation, entry: Entry, unit: Tensor) -> BiasFeed | None:
     shape = tuple(flow.parameters.numbers[entry.name].shape)
     out, units = entry.out.expand(shape).reshape(-1), unit.expand(shape).reshape(-1)
     taken = (units >= 0).nonzero().reshape(-1)

@@ -26,11 +26,11 @@ def find(network: Network) -> Findings:
         if "sigmoid" in group.categories:
             alone = group.categories <= {"write", "read", "sigmoid"}
             feeds = bias_feeds(network.flips.flow, network.flips.classes, group.roots) if alone else None
-            if feeds is None:
+            if feeds is None and alone:
                 refused.append(
                     (group.name, "a sigmoid unit can be flipped only if layers with a bias of their own read it")
                 )
-            else:
+            elif feeds is not None:
                 sigmoid.append(_SigmoidFlip(group.rescaling(signs), feeds))
         elif "odd" in group.categories:
             odd.append(group.rescaling(signs))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .classes import FIXED
-from .flow import Average, Contraction
-from .ops import MOVES, PRODUCTS, SAME, SOFTMAXES, SUMS, moved, number
+from .ops import ELEMENTWISE, MOVES, PRODUCTS, SAME, SOFTMAXES, SUMS, moved, number
 from .parameters import Entry
+from .records import Average, Contraction
 from .tape import Call, Value
 
 if TYPE_CHECKING:
@@ -49,7 +49,12 @@ def heads(network: Network) -> Iterator[Attention]:
         for value in dict.fromkeys(call.inputs):
             users[id(value)].append(call)
     averages = {id(average.matrix): average for average in network.flow.averages}
+    seen: list[tuple[Tensor, Tensor]] = []
     for contraction in network.flow.contractions:
+        units = tuple(network.raw.classes.roots(labels)[0] for labels in (contraction.first, contraction.second))
+        if any(torch.equal(units[0], first) and torch.equal(units[1], second) for first, second in seen):
+            continue  # a layer that runs several times
+        seen.append((units[0], units[1]))
         softmax, average = _follow(contraction.call.out[0], users, averages)
         over_last = softmax is None or number(softmax, 1, "dim", -1) in (-1, softmax.args[0].tensor.ndim - 1)
         yield _attention(network, contraction, average, softmax is not None, over_last)
@@ -91,9 +96,12 @@ def _follow(
         for call in users[id(value)]:
             if call.op in SOFTMAXES:
                 softmax = call
-            if call.op in SAME | MOVES | SUMS | PRODUCTS | SOFTMAXES | {"where", "masked_fill"}:
+            if call.op in _ON_THE_WAY:
                 pending.extend(call.out)
     return softmax, None
+
+
+_ON_THE_WAY = SAME | MOVES | SUMS | PRODUCTS | SOFTMAXES | ELEMENTWISE | {"where", "masked_fill"}
 
 
 def output_columns(network: Network, attention: Attention) -> list[Entry]:
@@ -108,7 +116,7 @@ def output_columns(network: Network, attention: Attention) -> list[Entry]:
     start = numbers[:, None, :].expand(out.shape) if by_row else numbers[:, :, None].expand(out.shape)
     labels: dict[int, Tensor] = {id(out): start}
     found: list[Entry] = []
-    uses = {id(use.call): use for use in flow.uses}
+    uses = {id(use.call) for use in flow.uses}
     for call in network.tape.calls:
         mine = [value for value in call.inputs if id(value) in labels]
         if not mine:
@@ -119,12 +127,12 @@ def output_columns(network: Network, attention: Attention) -> list[Entry]:
             for value, result in zip(call.out, moved(call, lambda value: labels[id(value)]), strict=True):
                 labels[id(value)] = result
         elif id(call) in uses:
-            columns = labels[id(mine[0])].reshape(-1, labels[id(mine[0])].shape[-1])
-            weight = next(v for v in call.inputs if v is not mine[0] and v.tensor.ndim == 2)
-            elements = flow.numbers(weight)
-            if elements is None or not bool((columns == columns[0]).all()):
+            columns = labels[id(mine[0])].reshape(-1, mine[0].shape[-1])
+            weights = [flow.numbers(value) for value in call.inputs if value is not mine[0]]
+            matrices = [m.squeeze(0) for m in weights if m is not None and m.squeeze(0).ndim == 2]
+            if len(matrices) != 1 or len(matrices[0]) != columns.shape[1] or not bool((columns == columns[0]).all()):
                 return []
-            found += flow.parameters.entries(elements, columns[0][:, None], torch.tensor(FIXED))
+            found += flow.parameters.entries(matrices[0], columns[0][:, None], torch.tensor(FIXED))
         else:
             return []
     return found

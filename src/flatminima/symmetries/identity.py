@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from .classes import FIXED, compact, pairs, unique
-from .flow import Contraction, Flow, NormUse, as_batch, squeezed
 from .ops import ELEMENTWISE, POOLS, SOFTMAXES, axes, number
+from .propagation import Propagation, as_batch, constant_along, first_along, squeezed
+from .records import Contraction, NormUse
 from .rewrite import Norm
 from .tape import Call, Value
 
 
-class Identity(Flow):
-    """The labels of identity of one run."""
+class Identity(Propagation):
+    """Which unit is which in one run; see `Propagation` for what it holds."""
 
     def _why(self, call: Call) -> str:
         return f"its units reach {self.tape.describe(call)}, which does not treat them one by one"
@@ -40,15 +41,6 @@ class Identity(Flow):
             over = number(call, 1, "dim", -1) % call.args[0].tensor.ndim
             return self._symmetric(call, (over,), keeps=True)
         return False
-
-    def _through(self, call: Call, category: str, labels: Tensor, degree: float = 1.0) -> bool:
-        self._note("elementwise", call, labels)
-        return self._set(call.out[0], labels)
-
-    def _power(self, call: Call) -> bool:
-        return self._unary(call)
-
-    _clamp = _power
 
     def _sum(self, call: Call) -> bool:
         first, second = call.args[:2]
@@ -99,11 +91,7 @@ class Identity(Flow):
                 self._colour_by_values(mine, constant)
                 return mine
         met = [(a, b) for a, b in pairs(self._roots(first), self._roots(second)) if min(a, b) > FIXED]
-        partners = [
-            {a: [y for x, y in met if x == a] for a, _ in met},
-            {b: [x for x, y in met if y == b] for _, b in met},
-        ]
-        several = [any(len(found) > 1 for found in side.values()) for side in partners]
+        several = [len({pair[side] for pair in met}) < len(met) for side in (0, 1)]  # one unit meets several others
         if several == [True, True] or bool(((first <= FIXED) != (second <= FIXED)).any()):
             self.classes.fix(first, self._why(call))
             self.classes.fix(second, self._why(call))
@@ -149,14 +137,9 @@ class Identity(Flow):
     # ----- elements combined ------------------------------------------------------------------------------------------
 
     def _over(self, call: Call, labels: Tensor, over: tuple[int, ...]) -> Tensor:
-        """The labels with every axis of `over` reduced to its first element, if the others are the same unit or may be taken
-        for it: each unit in one place only."""
-        first = labels
-        for axis in over:
-            first = first.narrow(axis, 0, 1)
-        if bool(
-            (compact(labels, first.expand(labels.shape))[0] == compact(labels, first.expand(labels.shape))[1]).all()
-        ):
+        # The others must be the same unit, or may be taken for it: each unit in one place only.
+        first = first_along(labels, over)
+        if constant_along(labels, over):
             return first
         places = torch.arange(first.numel()).reshape(first.shape)
         found = [label for label, _ in pairs(self._roots(labels), places) if label > FIXED]
@@ -180,10 +163,8 @@ class Identity(Flow):
     def _symmetric(self, call: Call, over: tuple[int, ...], *, keeps: bool) -> bool:
         """A function of all elements along some axes that does not care about their order; `keeps` where each has a result."""
         labels = self.labels(call.args[0])
-        first = labels
-        for axis in over:
-            first = first.narrow(axis, 0, 1)
-        if bool((labels == first).all()):
+        first = first_along(labels, over)
+        if constant_along(labels, over):
             self._note("elementwise", call, first)
             return self._set(call.out[0], labels if keeps else first.reshape(squeezed(labels, over, call.out[0])))
         self._note("mixed", call, labels)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import torch
+from torch import Tensor
+
 from .flow import Flow
 from .heads import Attention, heads
 from .identity import Identity
@@ -81,3 +84,16 @@ class Network:
     def flips(self) -> Scales:
         """Groups of units whose signs are free."""
         return Scales(Flow(self.tape, Parameters(self.tape), "odd"))
+
+    def alike(self, roots: Tensor) -> bool:
+        """Whether units (of `raw` classes) are multiplied by the same numbers, wherever they are multiplied by numbers."""
+        for event in self.flow.events:
+            if event.category != "scaled" or event.call is None:
+                continue
+            free, other = sorted(event.call.args[:2], key=lambda value: not self.flow.is_free(value))
+            shape = event.call.out[0].shape
+            labels, factor = self.raw.classes.roots(self.flow.labels(free))[0].expand(shape), other.tensor.expand(shape)
+            met = [factor[labels == root] for root in roots.tolist()]
+            if any(not torch.equal(numbers, met[0]) for numbers in met):
+                return False
+        return True

@@ -23,8 +23,8 @@ from torch import Tensor
 from .actions import Action, Scale, Shift
 from .base import Findings, Site, Symmetry
 from .classes import FIXED, position_among
-from .flow import NormUse
 from .network import Network
+from .records import NormUse
 from .scales import NORMS, Group, Scales, brief, depends_on_data
 from .sites import Rescaling, Shifting, log_uniform, log_uniform_signed, normal, slices, uniform
 
@@ -184,7 +184,7 @@ def _removed(
     for name, found in network.raw.uses_of.items():
         for entry, is_data in found:
             unit = position_among(network.raw.classes.roots(entry.out)[0], roots)
-            if not bool((unit >= 0).any()) or not (is_data or alone):
+            if not bool((unit >= 0).any()) or not (is_data or alone) or entry.separate:
                 continue
             site = f"{name if is_data else flow.parameters.layer(name)} -> {ends}"
             if len(found) > 1:

@@ -36,15 +36,6 @@ MOVES = _names(
     """
 )
 
-SHAPE_ONLY = _names(
-    """
-    arange bernoulli empty empty_like empty_strided eye fill full full_like linspace new_empty new_empty_strided new_full
-    new_ones new_zeros normal ones ones_like rand rand_like randint randn randn_like randperm scalar_tensor uniform zero zeros
-    zeros_like
-    """
-)
-"""The values of the arguments do not matter, only their shape."""
-
 LINEAR = frozenset({"neg", "positive"})
 HOMOGENEOUS = frozenset({"relu", "leaky_relu", "abs", "_prelu_kernel", "prelu", "rrelu", "rrelu_with_noise"})
 """``op(d x) = d op(x)`` for d > 0."""

@@ -39,6 +39,8 @@ def find(network: Network) -> Findings:
         shifts = list(_shifts(network, classes, refused))
         if shifts:
             proposed.append(Symmetry.of("softmax-shift", shifts, class_axis=axis))
+    else:
+        refused.append(("output", "softmax-shift: no layer writes the logits and nothing else"))
     hot = [group for group in network.to_output.groups if "output" in group.categories]
     if hot:
         places = [group.rescaling(log_uniform) for group in hot]
@@ -64,7 +66,7 @@ def _class_axis(roots: Tensor) -> tuple[int, Tensor | None]:
 def _shifts(network: Network, classes: Tensor, refused: list[tuple[str, str]]) -> Iterator[Site]:
     units = torch.sort(classes).values
     met = {category for root in units.tolist() for category in network.raw.met[root]}
-    if bool((units <= FIXED).any()) or not met <= {"write", "output", "averaged"}:
+    if bool((units <= FIXED).any()) or not met <= {"write", "output", "averaged", "scaled"} or not network.alike(units):
         refused.append(("output", "softmax-shift: no layer writes the logits and nothing else"))
         return
     for name, found in network.raw.uses_of.items():

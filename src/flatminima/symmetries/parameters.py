@@ -26,12 +26,15 @@ class Entry:
     Attributes:
         name: of the parameter.
         out: the unit that the element writes.
-        into: the unit that it reads; `FIXED` where it reads an input or nothing.
+        into: the unit that it reads; `FIXED` where it reads an input or nothing, `NONE` where it reads zeros.
+        separate: whether different units read different inputs with elements in the same place (grouped convolutions), so
+            that units cannot be mixed.
     """
 
     name: str
     out: Tensor
     into: Tensor
+    separate: bool = False
 
 
 class Parameters:
@@ -72,7 +75,11 @@ class Parameters:
         name = self._names[self.blocks(torch.tensor([number]))[0]][0]
         return name, int((self.numbers[name].reshape(-1) == number).nonzero()[0, 0])
 
-    def entries(self, numbers: Tensor, out: Tensor, into: Tensor) -> list[Entry]:
+    def names(self, numbers: Tensor) -> list[str]:
+        """The parameters that these elements belong to."""
+        return [name for block in self.blocks(numbers) for name in self._names[block]] if numbers.numel() else []
+
+    def entries(self, numbers: Tensor, out: Tensor, into: Tensor, *, separate: bool = False) -> list[Entry]:
         """Labels given in the shape of the operation, in the shape of each parameter."""
         numbers, out, into = torch.broadcast_tensors(numbers, out, into)
         found = []
@@ -90,7 +97,7 @@ class Parameters:
                 maps.append(table)
             for name in self._names[block]:
                 mine = self.numbers[name] - start
-                found.append(Entry(name, condensed(maps[0][mine]), condensed(maps[1][mine])))
+                found.append(Entry(name, condensed(maps[0][mine]), condensed(maps[1][mine]), separate))
         return found
 
     def as_data(self, numbers: Tensor, classes: Classes) -> Tensor:

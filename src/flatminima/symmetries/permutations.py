@@ -97,23 +97,33 @@ def _heads(network: Network, attention: Attention) -> Iterator[Site]:
 
 def _rows(network: Network, units: Tensor) -> list[Slices]:
     """The weights of the units of each head, (heads, all that belongs to it)."""
-    distinct, index = torch.unique(units, return_inverse=True)
-    if len(distinct) != units.numel():  # pairs of rotary positions: both members of each are found under their class
-        distinct = torch.unique(units)
-        index = torch.stack([torch.unique(row, return_inverse=False) for row in index])
-    written, _ = network.raw.slices_of(distinct)
-    if not written:
+    distinct = torch.unique(units)
+    owner = {root: head for head, row in enumerate(units.tolist()) for root in row}
+    if sum(len(set(row)) for row in units.tolist()) != len(owner):
+        raise ValueError("its heads share weights, such as the gain of a normalisation of queries")
+    head = torch.tensor([owner[root] for root in distinct.tolist()])
+    found = []
+    for name in network.raw.touched(distinct):
+        shape = tuple(network.flow.parameters.numbers[name].shape)
+        parts: list[Slices] = []
+        for entry, _ in network.raw.uses_of[name]:
+            unit = position_among(network.raw.classes.roots(entry.out)[0], distinct)
+            part = slices(name, shape, torch.where(unit >= 0, head[unit], -1), len(units))
+            if part is not None and not any(torch.equal(part.positions, other.positions) for other in parts):
+                parts.append(part)
+        if len(parts) > 1:
+            raise TiedError(f"'{name}' is used in several ways (tied parameters)")
+        found += parts
+    if not found:
         raise ValueError("no weight writes its units")
-    return [Slices(s.name, s.shape, s.positions[index].reshape(len(units), -1)) for s in written]
+    return found
 
 
 def _columns(network: Network, attention: Attention, units: int) -> list[Slices]:
     found = []
+    assert attention.values is not None
+    network.raw.slices_of(torch.unique(network.raw.classes.roots(attention.values)[0]))  # refuses tied weights
     for entry in output_columns(network, attention):
-        if network.times_used(entry.name) > 1:
-            raise TiedError(
-                f"'{entry.name}' is used {network.times_used(entry.name)} times in the forward pass (tied parameters)"
-            )
         part = slices(entry.name, tuple(network.flow.parameters.numbers[entry.name].shape), entry.out, units)
         if part is not None:
             found.append(part)

@@ -34,7 +34,7 @@ UNIT = "relu-unit-rescaling"
 def find(network: Network) -> Findings:
     """Both kinds of rescaling for every site of the network; refused sites come with the reason."""
     found = [group for group in network.scales.groups if is_relu(group, network)]
-    friends = tuple(_false_friends(network))
+    friends = tuple(_false_friends(network, {group.name for group in network.scales.groups}))
     refused = tuple((layer, why) for layer, why in _refused(network) if layer not in {f.site for f in friends})
     proposed = (
         Symmetry.of(LAYER, [group.rescaling(log_uniform_shared) for group in found]),
@@ -47,15 +47,15 @@ def is_relu(group: Group, network: Network) -> bool:
     """Whether the units pass a homogeneous activation, or nothing at all; gates and attention have kinds of their own."""
     if any(e.category in ("scaled", "averaged") and depends_on_data(e, network.flow) for e in group.events):
         return False
-    return "homogeneous" in group.categories or "gain" not in group.categories
+    return "homogeneous" in group.categories or not group.categories & {"gain", "product"}
 
 
-def _false_friends(network: Network) -> Iterator[FalseFriend]:
-    """Rescaling across GELU, SiLU and their like."""
+def _false_friends(network: Network, true: set[str]) -> Iterator[FalseFriend]:
+    """Rescaling across GELU, SiLU and their like, where there is no true one."""
     flow = network.suspects.flow
     for group in network.suspects.groups:
         across = [event.call for event in group.events if event.category == "suspect" and event.call is not None]
-        if across:
+        if across and group.name not in true:
             where = flow.tape.describe(across[0])
             for writer in group.writers:
                 yield FalseFriend(
@@ -75,7 +75,8 @@ def _refused(network: Network) -> Iterator[tuple[str, str]]:
             if not len(labels):
                 continue
             label = int(labels.reshape(-1)[0])
-            by_construction = raw.met[raw.classes.root(label)[0]] <= {"write", "batch-norm", "contracted", "output"}
+            met = raw.met[raw.classes.root(label)[0]]
+            by_construction = "contracted" in met or met <= {"write", "batch-norm", "output", "scaled"}
             if raw.classes.reason(label) is not None or not by_construction:
                 yield flow.parameters.layer(entry.name), str(scales.classes.reason(label))
     yield from flow.computed

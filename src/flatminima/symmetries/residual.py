@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from .actions import Action, Mix
-from .attention import alike
 from .base import Findings, Site, Symmetry
 from .classes import FIXED, pairs, position_among
-from .flow import NormUse
 from .network import Network
-from .scales import NORMS, Group, TiedError
+from .records import NormUse
+from .scales import NORMS, Group, TiedError, brief
 from .sites import Slices, invertible, orthogonal, slices
 
 
@@ -37,7 +36,7 @@ def find(network: Network) -> Findings:
     refused: list[tuple[str, str]] = []
     for group in network.raw.groups:
         linear = group.categories <= {"write", "read", "scaled", "norm"} and group.categories & {"read", *NORMS}
-        if len(group.roots) > 1 and group.writers and "write" in group.categories and linear:
+        if len(group.roots) > 1 and "write" in group.categories and linear and _is_stream(group, network):
             try:
                 found.append(_stream(group, network))
             except (TiedError, ValueError) as reason:
@@ -75,10 +74,7 @@ class _Stream:
     parts: tuple[_Part, ...]
     orthogonal: bool
     keeps_ones: bool
-
-    @property
-    def is_linear(self) -> bool:
-        return all(part.gain is None for part in self.parts)
+    is_linear: bool  # not where a gain comes in between, even if its present value is constant
 
     def sample(self, generator: torch.Generator, max_scale: float) -> tuple[Action, ...]:
         if self.orthogonal:
@@ -108,23 +104,41 @@ def _keeping_ones(generator: torch.Generator, units: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Behind:
-    """The units behind a normalisation of a stream: their classes in the order of the stream, and their gain, if any."""
+    """The units behind a normalisation of a stream: their classes in the order of the stream, whether a gain comes before them,
+    and the gain unless it is constant, so that it commutes with everything."""
 
     roots: Tensor
+    is_gained: bool
     gain: Tensor | None
 
 
 def _stream(group: Group, network: Network) -> _Stream:
-    if not alike(network, group.roots):
-        raise ValueError("its units are multiplied by different constants")
     norms = [use for use in network.flow.norms if _reads(use, group, network)]
     behind = [_behind(use, group, network) for use in norms]
     parts: list[_Part] = []
     for name in network.raw.uses_of:
         parts += _agreed(name, group, behind, network)
     keeps_ones = any(use.norm.centred for use in norms)
-    name = group.name if group.readers else f"{group.name}{', '.join(dict.fromkeys(use.call.module for use in norms))}"
-    return _Stream(name, len(group.roots), tuple(parts), bool(norms), keeps_ones)
+    ends = tuple(
+        dict.fromkeys([*(use.call.module or network.tape.describe(use.call) for use in norms), *group.readers])
+    )
+    return _Stream(
+        f"{brief(group.writers)} -> {brief(ends)}",
+        len(group.roots),
+        tuple(parts),
+        bool(norms),
+        keeps_ones,
+        not any(b.is_gained for b in behind),
+    )
+
+
+def _is_stream(group: Group, network: Network) -> bool:
+    """Whether nothing singles out a unit: no constants of their own, no normalisation that mixes them with positions."""
+    uses = [use for use in network.flow.norms if _reads(use, group, network)]
+    names = (entry.name for entry in group.entries)
+    separate = any(entry.separate for name in names for entry, _ in network.raw.uses_of[name])
+    simple = bool(group.writers) and all(use.norm.style == "layer" for use in uses)
+    return simple and not separate and network.alike(group.roots)
 
 
 def _reads(use: NormUse, group: Group, network: Network) -> bool:
@@ -135,7 +149,7 @@ def _behind(use: NormUse, group: Group, network: Network) -> _Behind:
     """What a normalisation hands on; refused if anything but linear layers receives it."""
     where = network.tape.describe(use.call)
     before = network.raw.classes.roots(use.before)[0].reshape(-1)
-    if use.norm.style != "layer" or not torch.equal(torch.sort(before).values, group.roots):
+    if not torch.equal(torch.sort(before).values, group.roots):
         raise ValueError(f"{where} does not normalise exactly its units")
     gains = dict(
         pair
@@ -147,14 +161,16 @@ def _behind(use: NormUse, group: Group, network: Network) -> _Behind:
     labels = torch.tensor([gains.get(label, label) for label in after.tolist()])
     roots = network.raw.classes.roots(labels)[0]
     met = {category for root in roots.tolist() for category in network.raw.met[root]}
-    linear = met <= {"gain", "read", "scaled"} and alike(network, roots)
+    linear = met <= {"gain", "read", "scaled"} and network.alike(roots)
     if bool((roots <= FIXED).any()) or len(torch.unique(roots)) != len(roots) or not linear:
         raise ValueError(f"what {where} puts out is not only read by linear layers")
-    return _Behind(roots, _gain(labels, network) if gains else None)
+    gain = _gain(labels, network) if gains else None
+    constant = gain is None or bool((gain == gain[0]).all())
+    return _Behind(roots, bool(gains), None if constant else gain)
 
 
-def _gain(labels: Tensor, network: Network) -> Tensor | None:
-    """The values of a gain, by its labels; None where it is constant and commutes with everything."""
+def _gain(labels: Tensor, network: Network) -> Tensor:
+    """The values of a gain, by its labels."""
     for name, found in network.raw.uses_of.items():
         for entry, is_data in found:
             if is_data and bool(torch.isin(labels, entry.out).all()):

@@ -1,8 +1,8 @@
 """Normalisations, whoever wrote them, brought to one form: ``normalise``, then a gain, then a bias.
 
-torch's fused layer, group and batch normalisation are taken apart; RMS and layer normalisation spelled out in elementary
-operations (as in Llama, T5 or ConvNeXt) are put together. Afterwards a run has calls ``normalise(x)`` with a `Norm` in their
-keyword arguments, and gains and biases are ordinary products and sums.
+torch's fused layer, group and batch normalisation (and GLU) are taken apart; RMS and layer normalisation spelled out in
+elementary operations (as in Llama, T5 or ConvNeXt) are put together. Afterwards a run has calls ``normalise(x)`` with a `Norm`
+in their keyword arguments, and gains and biases are ordinary products and sums.
 """
 
 from __future__ import annotations
@@ -123,7 +123,20 @@ def _chain(
         yield step
 
 
+def _gated(call: Call) -> Iterator[Call]:
+    """``glu(x) = a * sigmoid(b)`` with the halves a and b of x."""
+    x, axis = call.args[0], number(call, 1, "dim", -1)
+    halves = Call("chunk", torch.ops.aten.chunk.default, (x, 2, axis), {}, call.module, call.function)
+    halves.out = tuple(Value(half, halves, x.depends) for half in x.tensor.chunk(2, axis))
+    gate = Call("sigmoid", None, (halves.out[1],), {}, call.module, call.function)
+    gate.out = (Value(halves.out[1].tensor.sigmoid(), gate, x.depends),)
+    product = Call("mul", None, (halves.out[0], gate.out[0]), {}, call.module, call.function, call.out[:1])
+    call.out[0].source = product
+    yield from (halves, gate, product)
+
+
 _TAKE_APART: dict[str, Callable[[Call], Iterator[Call]]] = {
+    "glu": _gated,
     "native_layer_norm": _layer,
     "_fused_rms_norm": _rms,
     "native_group_norm": _group,

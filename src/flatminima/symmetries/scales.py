@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .classes import FIXED, pairs, position_among, unique
-from .flow import Event, Flow
 from .parameters import NONE, Entry, condensed
+from .propagation import Propagation
+from .records import Event
 from .sites import Draw, Entries, Rescaling, Slices, slices
 from .tape import INPUT, PARAMETER, Value
 
@@ -41,7 +42,8 @@ class Group:
     @property
     def name(self) -> str:
         """For people: ``'fc1 -> fc2'``."""
-        return f"{brief(self.writers)} -> {brief(self.readers)}"
+        ends = brief(self.readers) or ("output" if "output" in self.categories else "")
+        return f"{brief(self.writers)} -> {ends}" if ends else brief(self.writers)
 
     @cached_property
     def categories(self) -> frozenset[str]:
@@ -76,7 +78,7 @@ class Scales:
 
     def __init__(
         self,
-        flow: Flow,
+        flow: Propagation,
         *,
         trade: bool = False,
         through_norms: bool = False,
@@ -84,7 +86,7 @@ class Scales:
         raw: bool = False,
     ) -> None:
         self.flow, self.classes = flow, flow.classes.copy()
-        self._through_norms, self._to_output, self._raw = through_norms, to_output, raw
+        self._trade, self._through_norms, self._to_output, self._raw = trade, through_norms, to_output, raw
         self._entries = [entry for use in flow.uses for entry in use.entries]
         self._data = flow.parameters.data_entries(flow.classes)
         self.uses_of: dict[str, list[tuple[Entry, bool]]] = defaultdict(list)
@@ -95,9 +97,9 @@ class Scales:
             self._settle_parallel()
         else:
             self._judge()
-            self._settle_products(trade)
+            self._settle_products()
             self._settle_ties()
-            self._settle_products(trade)
+            self._settle_products()
         self.classes.freeze()
 
     def _judge(self) -> None:
@@ -117,7 +119,7 @@ class Scales:
                 for together in use.together():
                     self.classes.tie(together, together[:1], "they are normalised together")
 
-    def _settle_products(self, trade: bool) -> None:
+    def _settle_products(self) -> None:
         pending = [(p.first, p.second, p.out, p.call) for p in self.flow.products]
         while pending:
             left = []
@@ -129,14 +131,18 @@ class Scales:
                 free = ~(fixed_a | fixed_b)
                 (root_a, ratio_a), (root_b, ratio_b) = self.classes.roots(a), self.classes.roots(b)
                 for i in (free & (root_a == root_b)).nonzero().reshape(-1).tolist():
-                    self.classes.tie(out[i], a[i], why, float((ratio_a[i] + ratio_b[i]) / ratio_a[i]))
+                    power = float((ratio_a[i] + ratio_b[i]) / ratio_a[i])
+                    if power:
+                        self.classes.tie(out[i], a[i], why, power)
+                    else:
+                        self.classes.fix(out[i], why)
                 free &= root_a != root_b
                 if bool(free.any()):
                     left.append((a[free], b[free], out[free], call))
             if len(left) == len(pending) and all(len(x[0]) == len(y[0]) for x, y in zip(left, pending, strict=True)):
                 a, b, out, call = left[0]
                 why = f"it is one of two factors at {self.flow.tape.describe(call)}; the other one is rescaled"
-                if trade:
+                if self._trade:
                     self.classes.fix(out, why)
                     self.classes.tie(a, b, why, -1.0)
                     left = left[1:]
@@ -170,7 +176,8 @@ class Scales:
                 both = condensed(torch.logical_and(*torch.broadcast_tensors(first.out != NONE, second.out != NONE)))
                 if bool(both.any()):
                     for one, other in ((first.out, second.out), (first.into, second.into)):
-                        matched = list(pairs(self._where(both, one), self._where(both, other)))
+                        of_both = (torch.where(both, self.classes.roots(labels)[0], NONE) for labels in (one, other))
+                        matched = list(pairs(*of_both))
                         if len({a for a, _ in matched}) == len({b for _, b in matched}) == len(matched):
                             for a, b in matched:
                                 if min(a, b) > FIXED:
@@ -189,8 +196,9 @@ class Scales:
             self.classes.tie(into, other_into, reason, direct=True)
 
     def _where(self, both: Tensor, labels: Tensor) -> Tensor:
-        roots, _ = self.classes.roots(labels)
-        return condensed(torch.where(both, roots, NONE))
+        """Labels where a mask holds, `FIXED` for all that are fixed: of a tied embedding few different ones are left."""
+        free = self.classes.roots(labels)[0] > FIXED
+        return condensed(torch.where(both, torch.where(free, labels, FIXED), NONE))
 
     @cached_property
     def met(self) -> dict[int, set[str]]:
@@ -230,13 +238,14 @@ class Scales:
             if self._raw or {role for _, role in profile} == {0, 1} or self._ends(events)
         )
 
-    def slices_of(self, roots: Tensor, *, roles: bool = True) -> tuple[list[Slices], list[Slices]]:
+    def slices_of(self, roots: Tensor, *, roles: bool = True, mixed: bool = False) -> tuple[list[Slices], list[Slices]]:
         """The entries of every parameter that write, and that read, the units of these classes (sorted).
 
         Args:
             roots: the classes.
             roles: whether it matters if a weight that is used twice writes here and reads there; it does not for maps that do
                 the same to written and read entries.
+            mixed: whether the map mixes units, which grouped convolutions do not allow.
 
         Raises:
             TiedError: an entry has another part to play as well.
@@ -244,7 +253,7 @@ class Scales:
         """
         written: list[Slices] = []
         read: list[Slices] = []
-        for name in dict.fromkeys(name for root in roots.tolist() for name in self._touched.get(root, ())):
+        for name in self.touched(roots):
             found, shape = self.uses_of[name], tuple(self.flow.parameters.numbers[name].shape)
             plays = []
             for entry, _ in found:
@@ -253,7 +262,12 @@ class Scales:
                     for labels in (entry.out, entry.into)
                 ]
                 plays.append((entry, parts))
+            for entry, parts in plays:
+                if bool((entry.into == NONE).all()):  # it reads zeros, which go with everything
+                    parts[1] = next((other[1] for _, other in plays if other[1] is not None), None)
             moving = [(entry, parts) for entry, parts in plays if parts[0] or parts[1]]
+            if mixed and any(entry.separate for entry, _ in moving):
+                raise ValueError(f"'{name}' is a grouped convolution, whose units cannot be mixed")
             for entry, parts in plays:
                 for _, others in moving:
                     if any(_covers(entry, s) for s in others) and not _agree(parts, others, roles):
@@ -275,9 +289,14 @@ class Scales:
                 found[root].append(name)
         return found
 
+    def touched(self, roots: Tensor) -> list[str]:
+        """The parameters that have to do with any of these classes."""
+        return list(dict.fromkeys(name for root in roots.tolist() for name in self._touched.get(root, ())))
+
     def _ends(self, events: tuple[int, ...]) -> bool:
         """Whether the units may end where no weight reads them."""
-        return any(self.flow.events[i].category in NORMS | {"output"} for i in events)
+        ends = NORMS | {"output"} | ({"product"} if self._trade else set())
+        return any(self.flow.events[i].category in ends for i in events)
 
     @cached_property
     def _gains(self) -> set[int]:
@@ -299,17 +318,20 @@ class Scales:
         entries = tuple(
             found
             for i in dict.fromkeys(i for i, _ in profile)
-            for labels, sign in ((every[i].out, 1.0), (every[i].into, -1.0))
-            for found in self._powers(every[i].name, self._first_use(every[i], labels), sign, roots)
+            for reads, sign in ((False, 1.0), (True, -1.0))
+            for found in self._powers(every[i].name, self._first_use(every[i], reads=reads), sign, roots)
         )
         return Group(roots, writers, readers, tuple(self.flow.events[i] for i in events), entries)
 
-    def _first_use(self, entry: Entry, labels: Tensor) -> Tensor:
-        """The labels without those elements that an earlier use of the same parameter already moves: all uses agree."""
+    def _first_use(self, entry: Entry, *, reads: bool) -> Tensor:
+        """The labels of one role, without those elements that an earlier use of the same parameter already moves: all uses
+        agree, but for one that reads zeros (the first state of a recurrent network) and has nothing to say."""
+        labels = entry.into if reads else entry.out
         for earlier, _ in self.uses_of[entry.name]:
             if earlier is entry:
                 break
-            labels = torch.where(earlier.out != NONE, NONE, labels)
+            done = (earlier.out != NONE) & (earlier.into != NONE) if reads else earlier.out != NONE
+            labels = torch.where(done, NONE, labels)
         return condensed(labels)
 
     def _powers(self, name: str, labels: Tensor, sign: float, roots: Tensor) -> list[Entries]:
@@ -325,7 +347,7 @@ class TiedError(Exception):
     """A weight is also used elsewhere in another way; the message says which."""
 
 
-def depends_on_data(event: Event, flow: Flow) -> bool:
+def depends_on_data(event: Event, flow: Propagation) -> bool:
     """Whether the factor of a ``scaled`` or ``averaged`` event is itself computed from inputs or parameters."""
     assert event.call is not None
     others = [value for value in event.call.inputs if not flow.is_free(value)]
@@ -356,6 +378,6 @@ def _covers(entry: Entry, part: Slices | None) -> bool:
     return bool((entry.out.expand(part.shape).reshape(-1)[part.positions] != NONE).any())
 
 
-def labels_of(flow: Flow, value: Value) -> Tensor:
+def labels_of(flow: Propagation, value: Value) -> Tensor:
     """The classes of a value's elements, in its shape."""
     return flow.classes.roots(flow.labels(value))[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from .execution import MODES
 from .kinds import KINDS
 from .network import Network
 from .proof import Proof, Prover
-from .tape import CHOICE, INPUT, PARAMETER, Tape, UntraceableError, record
+from .recorder import UntraceableError, reason, record
+from .tape import CHOICE, INPUT, PARAMETER, Tape
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,31 @@ class SymmetrySearch:
     found: tuple[Symmetry, ...]
     rejected: tuple[tuple[str, str], ...]
     approximate: tuple[Symmetry, ...] = ()
-    proofs: Mapping[str, Proof] = ()  # type: ignore[assignment]
+    proofs: Mapping[str, Proof] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        return {
+            "found": [
+                {
+                    "kind": s.kind,
+                    "sites": list(s.sites),
+                    "preserves": s.preserves,
+                    "exact": s.exact,
+                    "form": s.form,
+                    "orthogonal": s.orthogonal,
+                    "law": s.law,
+                    "hessian_law": s.hessian_law,
+                    "proof": {
+                        "status": self.proofs[s.kind].status,
+                        "max_change": self.proofs[s.kind].max_change,
+                        "tolerance": self.proofs[s.kind].tolerance,
+                    },
+                }
+                for s in (*self.found, *self.approximate)
+            ],
+            "rejected": [list(pair) for pair in self.rejected],
+        }
 
 
 def find_symmetries(
@@ -119,17 +144,17 @@ def find_symmetries(
     try:
         tape = _read(model, example_input, mode)
     except UntraceableError as error:
-        return SymmetrySearch((), (("model", str(error)),), (), {})
-    rejected = list(_not_analysed(tape))
+        return SymmetrySearch((), (("model", str(error)),))
     network = Network(tape, mode)
+    rejected = list(_not_analysed(network))
     try:
         prover = Prover(model, example_input, mode)
     except ValueError as error:
-        return SymmetrySearch((), (("model", str(error)),), (), {})
+        return SymmetrySearch((), (("model", str(error)),))
     found: dict[tuple[str, bool], Symmetry] = {}
     proofs: dict[str, Proof] = {}
     chosen = [finder for finder in FINDERS if wanted & set(finder.kinds)]
-    for findings in (*(finder.find(network) for finder in chosen), Findings(hinted)):
+    for findings in (*(_findings(finder, network) for finder in chosen), Findings(hinted)):
         rejected.extend(findings.rejected)
         for symmetry in findings.proposed:
             if symmetry.kind in wanted or symmetry in hinted:
@@ -148,6 +173,13 @@ def find_symmetries(
         tuple(s for s in ordered if not s.exact),
         {s.kind: proofs[s.kind] for s in ordered},
     )
+
+
+def _findings(finder: Finder, network: Network) -> Findings:
+    try:
+        return finder.find(network)
+    except Exception as error:  # one family that stumbles over a model must not hide the others
+        return Findings((), ((", ".join(finder.kinds), f"was not analysed, because of {reason(error)}"),))
 
 
 def _wanted(kinds: Iterable[str] | None, mode: str) -> frozenset[str]:
@@ -188,14 +220,20 @@ def _read(model: nn.Module, example: Any, mode: str) -> Tape:
     return record(model, example, mode)
 
 
-def _not_analysed(tape: Tape) -> Iterable[tuple[str, str]]:
-    for branch in tape.branches:
+def _not_analysed(network: Network) -> Iterable[tuple[str, str]]:
+    """Code that decides by values, parameters in operations that are not known, and parameters that were not used."""
+    for branch in network.tape.branches:
         where = branch.module or "model"
         if branch.depends & (PARAMETER | INPUT):
             line = f"control flow depends on values at `{branch.line}`"
             yield where, f"{line}: only the insides of its parts were analysed, and nothing that passes between them"
         elif branch.depends & CHOICE:
             yield where, f"`{branch.line}` depends on integer inputs: analysed for inputs like the example"
+
+    yield from network.flow.unread
+    for name in network.flow.parameters.numbers:
+        if not network.times_used(name) and name not in dict(network.flow.unread):
+            yield name, "it does not reach the outputs on this input"
 
 
 def _joined(first: Symmetry | None, second: Symmetry) -> Symmetry:
