@@ -275,6 +275,7 @@ def _summary(
         "about it. Here the feature layer itself is rescaled, whole and unit by unit.",
         f"With {HIDDEN[-1]} features and {ROWS} rows nearly every pair is feasible: there the pair proxy is saturated, and its "
         "being unchanged says little. The eight-feature networks are the test.",
+        "The numbers of activation patterns are near their ceiling, the number of unseen rows.",
         "The pair proxy is not a property of the function: rewiring a unit that nobody reads changes it.",
     ]
     missing = [name for name in MEASURED if name not in MEASURES]
