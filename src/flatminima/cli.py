@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +20,16 @@ from flatminima import cli_audit, cli_measure, cli_symmetries
 from flatminima.data import DATASETS, DataError
 from flatminima.measures import GROUPS, MeasureOptions, resolve
 from flatminima.models import MODELS
+from flatminima.names import unknown
 from flatminima.objective import SECOND_ORDER, NonFiniteLossError, Objective, ObjectiveError
-from flatminima.protocols import reproduce_factorization
+from flatminima.protocols import reproduce_convex, reproduce_factorization, reproduce_reparameterization
+from flatminima.protocols.reparameterization import DATA as REPARAMETERIZATION_DATA
 from flatminima.report import render
+from flatminima.report.convex_page import render_convex, zoo_table
 from flatminima.report.factorization_page import render_factorization
 from flatminima.report.measure_list import invariance_table, kinds_table
-from flatminima.report.terminal import audit_tables, compare_table, measurement_tables
+from flatminima.report.reparameterization_page import render_reparameterization
+from flatminima.report.terminal import audit_tables, compare_table, measurement_tables, reproduction_tables
 from flatminima.study.audit_settings import AuditSettings
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
@@ -326,6 +331,51 @@ def reproduce_factorization_command(
     """Deep matrix factorisation: exact sharpness, flattest minima, the escape from a sharp one, and what each method seeks."""
     if seeds < 1:
         raise SettingsError(f"--seeds must be at least 1, got {seeds}")
+    results = _reproduced(out, lambda report: reproduce_factorization(seeds, report), render_factorization)
+    _out.print(results["answer"], highlight=False, markup=False)
+    for group in results["groups"]:
+        reproduced = sum(claim["reproduced"] for claim in group["claims"])
+        _out.print(f"  {group['title']}: {reproduced} of {len(group['claims'])}", highlight=False, markup=False)
+        for claim in group["claims"]:
+            if not claim["reproduced"]:
+                _out.print(f"    {claim['statement']}: {claim['verdict']}", highlight=False, markup=False)
+    _show_files(out)
+
+
+@_reproduce.command("convex")
+def reproduce_convex_command(
+    out: Annotated[Path, typer.Option(help="Directory of results.json and report.html.")] = Path("runs/convex"),
+) -> None:
+    """Convex counterexamples: bad flat minima, how SA-GD and SAM find them, what stability guarantees, and every optimiser."""
+    results = _reproduced(out, reproduce_convex, render_convex)
+    _out.print(reproduction_tables(results, zoo_table(results["zoo"])))
+    _show_files(out)
+
+
+@_reproduce.command("reparameterization")
+def reproduce_reparameterization_command(
+    out: Annotated[Path, typer.Option(help="Directory of results.json and report.html.")] = Path(
+        "runs/reparameterization"
+    ),
+    data: Annotated[
+        str, typer.Option(help=f"{', '.join(REPARAMETERIZATION_DATA)}; auto: MNIST where it is found.")
+    ] = "auto",
+) -> None:
+    """Rescaled networks: which measures of flatness change while no prediction does, and whether weakness does."""
+    if data not in REPARAMETERIZATION_DATA:
+        raise SettingsError(unknown("data set", data, REPARAMETERIZATION_DATA))
+    results = _reproduced(out, lambda report: reproduce_reparameterization(data, report), render_reparameterization)
+    _out.print(reproduction_tables(results))
+    _show_files(out)
+
+
+_Report = Callable[[str, float], None]
+
+
+def _reproduced(
+    out: Path, run: Callable[[_Report], dict[str, Any]], render: Callable[[dict[str, Any]], str]
+) -> dict[str, Any]:
+    """Run with a progress bar and write results and page; a directory that cannot be used is refused before any work."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -334,18 +384,13 @@ def reproduce_factorization_command(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=_err
     ) as bar:
         task = bar.add_task("reproducing", total=1.0)
-        results = reproduce_factorization(
-            seeds, lambda part, fraction: bar.update(task, completed=fraction, description=part)
-        )
+        results = run(lambda part, fraction: bar.update(task, completed=fraction, description=part))
     write_json(out / "results.json", results)
-    write_text(out / "report.html", render_factorization(results))
-    _out.print(results["answer"], highlight=False, markup=False)
-    for group in results["groups"]:
-        reproduced = sum(claim["reproduced"] for claim in group["claims"])
-        _out.print(f"  {group['title']}: {reproduced} of {len(group['claims'])}", highlight=False, markup=False)
-        for claim in group["claims"]:
-            if not claim["reproduced"]:
-                _out.print(f"    {claim['statement']}: {claim['verdict']}", highlight=False, markup=False)
+    write_text(out / "report.html", render(results))
+    return results
+
+
+def _show_files(out: Path) -> None:
     for name in ("results.json", "report.html"):
         _out.print(str((out / name).resolve()), highlight=False, markup=False, soft_wrap=True)
 

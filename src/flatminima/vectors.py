@@ -51,8 +51,8 @@ def norm(tensors: Sequence[Tensor], whole: Sequence[Tensor] | None = None) -> fl
     Example:
         >>> norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         5.0
-        >>> f"{norm([torch.tensor([3e-30, 4e-30])]):.3g}"
-        '5e-30'
+        >>> [f"{norm([torch.tensor(v, dtype=torch.float64)]):.3g}" for v in ([3e-30, 4e-30], [3e-200, 4e-200], [3e200, 4e200])]
+        ['5e-30', '5e-200', '5e+200']
     """
     if not tensors:
         return 0.0
@@ -62,7 +62,15 @@ def norm(tensors: Sequence[Tensor], whole: Sequence[Tensor] | None = None) -> fl
     value = _norm(tensors)
     if value == 0.0 or math.isinf(value):
         value = float(torch.stack([torch.linalg.vector_norm(t, dtype=_wide(t)).cpu() for t in tensors]).norm())
-    return value
+    return value if 1e-150 < value < 1e150 else _scaled(tensors, value)
+
+
+def _scaled(tensors: Sequence[Tensor], value: float) -> float:
+    """The norm where squares leave the range of a double; zero, NaN and infinite entries keep ``value``."""
+    largest = max((float(t.abs().max()) for t in tensors if t.numel()), default=0.0)
+    if largest == 0.0 or not math.isfinite(largest):
+        return value
+    return largest * float(torch.stack([(t.to(_wide(t)) / largest).norm().cpu() for t in tensors]).norm())
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor], whole: Sequence[Tensor] | None = None) -> float:

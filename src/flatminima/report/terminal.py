@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from flatminima.report import audit_tables as audited
-from flatminima.report import measure_tables, tables
+from flatminima.report import measure_tables, reproduction, tables
 from flatminima.report.tables import Cell, Table
 
 _COLUMNS = 6  # kinds of symmetry that fit beside the measures
@@ -114,4 +114,14 @@ def audit_tables(results: Mapping[str, Any]) -> RenderableType:
     matrices = [audited.matrix_table(audit, short=True, columns=slice(k, k + _COLUMNS)) for k in kinds]
     parts += [rendered(table) for table in (*matrices, audited.symmetries_table(audit, short=True)) if table]
     parts += [Text(f"refused at {site}: {reason}", style="dim") for site, reason in audited.refused(audit)]
+    return Group(*parts)
+
+
+def reproduction_tables(results: Mapping[str, Any], *more: Table) -> RenderableType:
+    """The conclusions of a reproduction, every claim as a row, and what other tables there are."""
+    parts: list[RenderableType] = [Text(str(results["answer"]), style="bold")]
+    parts += [Text(f"• {sentence}") for sentence in results["details"]]
+    parts.append(Text(""))
+    parts += [rendered(reproduction.claims_table(group)) for group in results["groups"]]
+    parts += map(rendered, more)
     return Group(*parts)
