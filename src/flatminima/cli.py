@@ -234,7 +234,7 @@ def measure(
     objective = Objective(target.model, target.loss_fn, data, second_order=second_order, max_memory=memory)
     cli_measure.refuse_inapplicable(objective, names or [])
     command = shlex.join(["flatminima", *sys.argv[1:]])
-    found = cli_measure.run(objective, settings, command, _err)
+    found = cli_measure.run(objective, settings, command, _err, target.probes)
     _out.print(measurement_tables(found))
     cli_measure.save(found, out, json_path, _out)
 
@@ -289,7 +289,7 @@ def audit(
     out: Annotated[Path | None, typer.Option(help="Directory of audit.json and of the page, audit.html.")] = None,
     json_path: _Json = None,
 ) -> None:
-    """Judge which numbers are about the function, and which of two minima is flatter, if either."""
+    """Judge which numbers survive a change of coordinates, and which of two minima is flatter, if either."""
     reference, paths = cli_audit.named(arguments or [], checkpoint or [])
     settings = AuditSettings(
         measures=_listed(measures), kinds=_listed(kinds), members=members, checks=checks, max_scale=max_scale, mode=mode,

@@ -92,7 +92,9 @@ def run(
     """:func:`audit_minima`, with a bar on the console."""
     with _bar(console) as progress:
         try:
-            return audit_minima(found, target.loss_fn, data, settings, command=command, progress=progress)
+            return audit_minima(
+                found, target.loss_fn, data, settings, probes=target.probes, command=command, progress=progress
+            )
         except KeyboardInterrupt:
             console.print("Stopped; nothing was written.", highlight=False)
             sys.exit(130)

@@ -108,7 +108,9 @@ def check_out(directory: Path | None) -> None:
         raise StoreError(f"cannot use {directory} for results: {error.strerror or error}") from error
 
 
-def run(objective: Objective, asked: MeasureSettings, command: str, console: Console) -> dict[str, Any]:
+def run(
+    objective: Objective, asked: MeasureSettings, command: str, console: Console, probes: Any = None
+) -> dict[str, Any]:
     """:func:`measure_minimum`, with a line on the console for what is at work, and one for each part that is done."""
     status: Status | None = Status("", console=console) if console.is_terminal else None
 
@@ -121,7 +123,7 @@ def run(objective: Objective, asked: MeasureSettings, command: str, console: Con
             status.start()
 
     try:
-        found = measure_minimum(objective, asked, command=command, progress=report)
+        found = measure_minimum(objective, asked, probes=probes, command=command, progress=report)
     except KeyboardInterrupt:
         console.print("Stopped; nothing was written.", highlight=False)
         sys.exit(130)

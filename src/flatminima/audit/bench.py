@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flatminima.batches import ObjectiveError, batches, cast, count_rows, cut_rows
-from flatminima.measures import MEASURES, Measurement, MeasureOptions, Workbench, measure
+from flatminima.measures import MEASURES, Measurement, MeasureOptions, measure
 from flatminima.objective import LossFn, Objective
 from flatminima.symmetries.execution import Widened, double_copy
 
@@ -35,6 +35,7 @@ class Bench:
         options: of the measures.
         mode: ``"eval"`` or ``"train"``.
         seed: of every random draw.
+        probes: unlabelled inputs, for measures that look at some.
 
     Raises:
         ObjectiveError: data without targets, or whatever :class:`~flatminima.Objective` refuses.
@@ -42,7 +43,14 @@ class Bench:
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn | None, data: Any, options: MeasureOptions, mode: str, seed: int
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        data: Any,
+        options: MeasureOptions,
+        mode: str,
+        seed: int,
+        probes: Any = None,
     ) -> None:
         pairs = batches(data)
         if loss_fn is not None and any(y is None for _, y in pairs):
@@ -53,7 +61,7 @@ class Bench:
         self.pairs = [(cast(x, torch.float64), cast(y, torch.float64)) for x, y in pairs]
         self.model = double_copy(model, mode)
         self.loss_fn = copy.deepcopy(loss_fn).double() if isinstance(loss_fn, nn.Module) else loss_fn
-        self.options, self.mode, self.seed = options, mode, seed
+        self.options, self.mode, self.seed, self.probes = options, mode, seed, cast(probes, torch.float64)
         plain = self.at(self.model).loss()
         with Widened():  # type: ignore[no-untyped-call]
             self.loss = self.at(self.model).loss()
@@ -115,8 +123,8 @@ class Bench:
         """
         names = [name for name, m in found.items() if m.error is None and m.error_kind.startswith("lower bound")]
         with self.lifted():
-            bench = Workbench(self.objective, replace(self.options, ascent_starts=2), self.seed)
-            twice = measure(self.objective, names, workbench=bench) if names else {}
+            options = replace(self.options, ascent_starts=2)
+            twice = measure(self.objective, names, options=options, seed=self.seed) if names else {}
         return {name: replace(found[name], error=twice[name].error) for name in names}
 
     def applicable(self, names: Iterable[str]) -> list[str]:
@@ -126,4 +134,6 @@ class Bench:
 
     def _all(self, objective: Objective, names: Iterable[str]) -> dict[str, Measurement]:
         wanted = list(names)
-        return measure(objective, wanted, workbench=Workbench(objective, self.options, self.seed)) if wanted else {}
+        if not wanted:
+            return {}
+        return measure(objective, wanted, options=self.options, seed=self.seed, probes=self.probes)

@@ -135,6 +135,7 @@ def compare_minima(
     max_scale: float = 20.0,
     options: MeasureOptions | None = None,
     mode: str = "eval",
+    probes: Any = None,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> MinimaComparison:
@@ -148,7 +149,8 @@ def compare_minima(
         first, second: networks with the same names and shapes of parameters.
         loss_fn, data: as for :func:`audit`; the same for both.
         names: of the two, for people.
-        measures, kinds, members, checks, max_scale, options, mode, seed, progress: of the two audits, see :func:`audit`.
+        measures, kinds, members, checks, max_scale: of both audits, see :func:`audit`.
+        options, mode, probes, seed, progress: likewise.
 
     Raises:
         ValueError: networks of different architectures; whatever :func:`audit` refuses.
@@ -174,7 +176,7 @@ def compare_minima(
     for name, model in zip(names, (first, second), strict=True):
         found = audit(
             model, loss_fn, pairs, measures=wanted, kinds=kinds, members=members, checks=checks, max_scale=max_scale,
-            options=options, mode=mode, seed=seed,
+            options=options, mode=mode, probes=probes, seed=seed,
             progress=lambda what, done, total, name=name: progress(f"{name}: {what}", done, total),  # type: ignore[misc]
         )  # fmt: skip
         audits.append(found)

@@ -17,7 +17,7 @@ from flatminima.audit.law import trace_laws
 from flatminima.audit.orbit import Orbit, find_orbits, keeps_outputs, left_out, loss_change
 from flatminima.audit.repair import with_repairs
 from flatminima.audit.report import AuditReport
-from flatminima.measures import MEASURES, Measurement, MeasureOptions, resolve
+from flatminima.measures import MEASURES, Measurement, MeasureOptions, resolve, unseen
 from flatminima.names import unknown
 from flatminima.objective import LossFn
 from flatminima.symmetries import KINDS, Symmetry
@@ -40,6 +40,7 @@ def audit(
     max_scale: float = 20.0,
     options: MeasureOptions | None = None,
     mode: str = "eval",
+    probes: Any = None,
     hints: Iterable[Symmetry] = (),
     laws: bool = True,
     budget: int | None = None,
@@ -57,7 +58,8 @@ def audit(
         model: any module.
         loss_fn: mean loss over the rows; ``None`` where the model computes it (Hugging Face, batches with labels).
         data: as for :class:`~flatminima.Objective`: ``(inputs, targets)``, dictionaries, or an iterable of such batches.
-        measures: names or groups of names; by default the default ones and what would be used instead of them.
+        measures: names or groups of names; by default the default ones, what would be used instead of them, and with probes
+            those that look at them.
         kinds: of symmetry to look for (:data:`~flatminima.symmetries.KINDS`); all by default.
         members: random members of each kind, for measures that change under it or say nothing.
         checks: how many of these are measured for what is declared invariant under the kind, which only has to be checked, and
@@ -65,6 +67,7 @@ def audit(
         max_scale: size of the maps, see :meth:`Symmetry.member`.
         options: radii and accuracies of the measures; :data:`DEFAULT_OPTIONS` by default, with one start of each ascent.
         mode: ``"eval"``, or ``"train"`` for batch statistics.
+        probes: unlabelled inputs, as the model takes them, for the pair proxy and the activation patterns.
         hints: symmetries that you know of; proved like all others.
         laws: whether to predict the Hessian trace of members of diagonal kinds (:class:`TraceLaw`).
         budget: most members in all kinds together; kinds then get fewer than ``members``, and each at least one.
@@ -89,12 +92,12 @@ def audit(
         >>> report.verdicts
         {'w_hessian_w': 'invariant', 'parameter_norm': 'changes'}
     """
-    names = with_repairs([m.name for m in resolve()]) if measures is None else [m.name for m in resolve(measures)]
+    names = _default(probes) if measures is None else [m.name for m in resolve(measures)]
     wanted = None if kinds is None else list(kinds)
     _check(wanted, max_scale, members=members, checks=checks, budget=1 if budget is None else budget)
     clock = Clock()
     with clock("measures at the network"):
-        bench = Bench(model, loss_fn, data, options or DEFAULT_OPTIONS, mode, seed)
+        bench = Bench(model, loss_fn, data, options or DEFAULT_OPTIONS, mode, seed, probes)
         base = bench.at_the_network(names)
         shown = base | bench.ascended_again(base)
         defined = bench.applicable(MEASURES)
@@ -153,6 +156,11 @@ def audit(
         cost=cost,
         times=clock.seconds,
     )
+
+
+def _default(probes: Any) -> list[str]:
+    chosen = with_repairs([m.name for m in resolve()])
+    return chosen if probes is None else [*chosen, *unseen.NAMES]
 
 
 class Clock:

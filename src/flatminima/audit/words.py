@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from flatminima.audit.judge import MOVED, Change
 from flatminima.audit.law import TraceLaw
 from flatminima.measures import MEASURES
+from flatminima.symmetries import KINDS
 
 if TYPE_CHECKING:
     from flatminima.audit.report import AuditReport
@@ -20,7 +21,8 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 GENERAL = (
     "A number that depends on coordinates is not refuted by that: training may always reach similar ones. But a difference in "
     "it alone is no evidence about the function, and no factor means anything without its scale.",
-    "An invariant number is one about the function; whether it predicts generalisation is another question.",
+    "A number that no symmetry found here moves need not predict generalisation, and need not be a property of the function: two "
+    "networks may compute the same without a symmetry that leads from one to the other.",
 )
 
 #: What is said of symmetries that keep less than the outputs.
@@ -44,7 +46,7 @@ def answer(report: AuditReport) -> str:
     function = report.by_verdict("invariant", "nearly")
     if function:
         clauses.append(
-            f"{len(function)} say something about the function ({labels(function)}): {_held(report, function)}"
+            f"{len(function)} survive every change of coordinates found ({labels(function)}): {_held(report, function)}"
         )
     moved = report.by_verdict("changes", "found to change")
     if moved:
@@ -53,7 +55,7 @@ def answer(report: AuditReport) -> str:
         how = [f"moved by up to {factor(max(finite))}"] * bool(finite) + ["changed sign"] * (len(finite) < len(ratios))
         change = max(o.max_change for o in report.orbits if o.function_preserving)
         clauses.append(
-            f"{len(moved)} describe the coordinates ({some(labels_of(moved))}): they {' or '.join(how)} while the "
+            f"{len(moved)} depend on coordinates ({some(labels_of(moved))}): they {' or '.join(how)} while the "
             f"outputs agree to {number(change, 1)} of the largest"
         )
     for verdict, meaning in (
@@ -76,13 +78,13 @@ def verdict(report: AuditReport, name: str) -> str:
         return "Not tested: no change of coordinates was found."
     theorem = [c for c in changes if c.status == "invariant"]
     if found == "invariant":
-        return f"A statement about the function: invariant by theorem under {_kinds(theorem, report)}, and it held."
+        return f"Invariant by theorem under {_kinds(theorem)}, and it held.{_elsewhere(report, name)}"
     if found == "nearly":
         near = [c for c in changes if c.status == "nearly"]
         largest = max(c.max_ratio for c in near)
         others = f", and by theorem under the other {len(theorem)} kinds" if theorem else ""
         return (
-            f"A statement about the function: invariant up to the epsilon of a normalisation under {_list(near)} "
+            f"Invariant up to the epsilon of a normalisation under {_list(near)} "
             f"({factor(largest)}){others}, and it held."
         )
     if found == "survived":
@@ -222,6 +224,11 @@ def join(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
 
 
+def join_or(names: Sequence[str]) -> str:
+    """``a, b or c``."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 def factor(ratio: float) -> str:
     """A change factor.
 
@@ -264,7 +271,16 @@ def _held(report: AuditReport, names: Sequence[str]) -> str:
     return f"invariant by theorem {under}{', or up to an epsilon,' if nearly else ','} and held"
 
 
-def _kinds(changes: Sequence[Change], report: AuditReport) -> str:
+def _elsewhere(report: AuditReport, name: str) -> str:
+    """Exact changes of coordinates that would move the measure, but are none of this network."""
+    would = [
+        k for k in KINDS.values() if k.exact and k.preserves == "outputs" and k.name in MEASURES[name].changes_under
+    ]
+    others = [k.name for k in would if k.name not in report.coordinates]
+    return f" In a network that admits it, {join_or(others)} would move it." if others else ""
+
+
+def _kinds(changes: Sequence[Change]) -> str:
     if len(changes) == 1:
         return changes[0].symmetry
     return f"all {len(changes)} kinds of symmetry found here"

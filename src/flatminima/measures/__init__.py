@@ -20,6 +20,7 @@ from flatminima.measures import (
     relative_flatness,
     sharpness,
     simplicity,
+    unseen,
     volume,
 )
 from flatminima.measures.base import (
@@ -37,7 +38,7 @@ from flatminima.measures.options import MeasureOptions
 
 arrange(
     sharpness, adaptive, logit_normalised, hessian, orbit, inertia, fisher, relative_flatness, pac_bayes, volume, llc, norms,
-    path_norm, margins, simplicity, compressed,
+    path_norm, margins, simplicity, compressed, unseen,
 )  # fmt: skip
 
 __all__ = [
@@ -66,5 +67,6 @@ __all__ = [
     "resolve",
     "sharpness",
     "simplicity",
+    "unseen",
     "volume",
 ]

@@ -56,11 +56,12 @@ class Measurement:
 
 @dataclass
 class Workbench:
-    """The objective under measurement and the work that measures share."""
+    """The objective under measurement, unlabelled inputs for the measures that look at some, and the work that they share."""
 
     objective: Objective
     options: MeasureOptions = field(default_factory=MeasureOptions)
     seed: int = 0
+    probes: Any = None
     _shared: dict[str, Any] = field(default_factory=dict)
     _twins: list[Objective] = field(default_factory=list)
 
@@ -237,6 +238,7 @@ def measure(
     *,
     options: MeasureOptions | None = None,
     seed: int = 0,
+    probes: Any = None,
     workbench: Workbench | None = None,
 ) -> dict[str, Measurement]:
     """Measure a minimum.
@@ -246,7 +248,8 @@ def measure(
         names: which measures, or groups of them (see :func:`resolve`); the default ones by default.
         options: radii and accuracies.
         seed: of every random draw; the same seed gives the same numbers on the same machine.
-        workbench: pass one to reuse its eigenpair afterwards; ``options`` and ``seed`` are then its own.
+        probes: inputs without targets, as the model takes them, for measures of what the features leave open there.
+        workbench: pass one to reuse its eigenpair afterwards; ``options``, ``seed`` and ``probes`` are then its own.
 
     Returns:
         ``{name: Measurement}`` in registry order. A measure that does not apply to this model, loss or data is there with the
@@ -267,7 +270,7 @@ def measure(
         >>> round(found["lambda_max"].value, 6), found["minimum_margin"].note
         (9.0, 'the targets are not classes: torch.float64')
     """
-    bench = workbench or Workbench(objective, options or MeasureOptions(), seed)
+    bench = workbench or Workbench(objective, options or MeasureOptions(), seed, probes)
     results: dict[str, Measurement] = {}
     for entry in resolve(names):
         before = bench.spent

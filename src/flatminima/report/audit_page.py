@@ -100,7 +100,7 @@ def _keys(names: list[str]) -> list[Key]:
 def _question(results: Mapping[str, Any]) -> str:
     if results["comparison"] is not None:
         return "Is one of these two minima flatter, or only written in other coordinates?"
-    return f"Which numbers say something about {results['model']['name']}, and which about its coordinates?"
+    return f"Which numbers of {results['model']['name']} survive a change of coordinates?"
 
 
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -12,7 +12,7 @@ from flatminima.report.numbers import as_finite, factor, plain, with_error
 from flatminima.report.panels import Panel, axis, colour, drawn, log_axis, log_range, marker, safe, spread, wrapped
 
 Results = Mapping[str, Any]
-_FUNCTION, _COORDINATES = 3, 5  # colours of the style sheet
+_INVARIANT, _COORDINATES = 3, 5  # colours of the style sheet
 
 
 def orbits(audit: Results) -> list[Panel]:
@@ -134,7 +134,7 @@ def law_keys(audit: Results) -> list[str]:
 
 
 def differences(comparison: Results) -> list[Panel]:
-    """The relative difference of every measure of flatness with its error; full marks are about the function."""
+    """The relative difference of every measure of flatness with its error; full marks are invariant."""
     rows = [d for d in comparison["differences"] if d["of_flatness"] and as_finite(d["difference"]) is not None]
     if not rows:
         return []
@@ -144,7 +144,7 @@ def differences(comparison: Results) -> list[Panel]:
         xs.append(d["difference"] / size)
         errors.append((as_finite(d["error"]) or 0.0) / size)
         texts.append(f"{safe(d['label'])}: {with_error(d['difference'], d['error'])}<br>{safe(d['basis'])}")
-    shade = [colour(_FUNCTION if d["trusted"] else _COORDINATES) for d in rows]
+    shade = [colour(_INVARIANT if d["trusted"] else _COORDINATES) for d in rows]
     marks = go.Scatter(
         x=xs, y=list(range(len(rows))), mode="markers",
         marker={

@@ -17,11 +17,11 @@ from flatminima.report.tables import Cell, Column, Table
 
 Results = Mapping[str, Any]
 
-#: What a number is about, by its verdict, and how that is coloured.
+#: A word for each verdict, and how it is coloured.
 WORDS = {
-    "invariant": ("function", "good"),
-    "nearly": ("function, nearly", "good"),
-    "survived": ("survived, no theorem", ""),
+    "invariant": ("invariant", "good"),
+    "nearly": ("nearly invariant", "good"),
+    "survived": ("no theorem", ""),
     "undecided": ("undecided", ""),
     "found to change": ("coordinates", "bad"),
     "changes": ("coordinates", "bad"),
@@ -35,7 +35,7 @@ _KEEPS = {"outputs": "every output", "probabilities": "every probability", "pred
 
 
 def verdict_table(audit: Results, name: str = "verdicts", short: bool = False) -> Table:
-    """One row per measure: value, range and factors over the orbit, and what it is about, with what to use instead."""
+    """One row per measure: value, range and factors over the orbit, and the verdict with what to use instead."""
     rows: list[tuple[Cell, ...]] = []
     for measure, m in audit["measures"].items():
         word, tone = WORDS[m["verdict"]]
@@ -62,11 +62,11 @@ def verdict_table(audit: Results, name: str = "verdicts", short: bool = False) -
         Column("Over the orbit", "least … most"),
         Column("Factor", "" if short else "largest"),
         Column("Spread", "geometric"),
-        Column("About", numeric=False),
+        Column("Verdict", numeric=False),
         Column("Use instead", numeric=False),
     ]
     columns = [columns[i] for i in ((0, 1, 3, 5, 6) if short else range(6))]
-    return Table(name, "Which numbers are about the function?", tuple(columns), tuple(rows))
+    return Table(name, "Which numbers survive a change of coordinates?", tuple(columns), tuple(rows))
 
 
 def matrix_table(audit: Results, name: str = "matrix", short: bool = False, columns: slice = slice(None)) -> Table:

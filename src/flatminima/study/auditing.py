@@ -31,6 +31,7 @@ def audit_minima(
     data: Any,
     settings: AuditSettings | None = None,
     *,
+    probes: Any = None,
     command: str = "",
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def audit_minima(
         minima: one or two.
         loss_fn, data: as for :class:`~flatminima.Objective`.
         settings: what to audit.
+        probes: unlabelled inputs, for measures that look at some.
         command: to be recorded.
         progress: called with what is at work, and the members measured so far and in all.
 
@@ -66,7 +68,8 @@ def audit_minima(
         raise ValueError(f"expected one minimum to audit or two to compare, got {len(minima)}")
     asked: dict[str, Any] = {
         "measures": settings.measures, "kinds": settings.kinds, "max_scale": settings.max_scale, "mode": settings.mode,
-        "options": settings.options, "seed": settings.seed, "progress": progress, **settings.counts(len(minima)),
+        "options": settings.options, "seed": settings.seed, "probes": probes, "progress": progress,
+        **settings.counts(len(minima)),
     }  # fmt: skip
     comparison: MinimaComparison | None = None
     if len(minima) == 1:
