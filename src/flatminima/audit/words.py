@@ -21,7 +21,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 GENERAL = (
     "A number that depends on coordinates is not refuted by that: training may always reach similar ones. But a difference in "
     "it alone is no evidence about the function, and no factor means anything without its scale.",
-    "A number that no symmetry found here moves need not predict generalisation, and need not be a property of the function: two "
+    "A number that no symmetry found here moves need not predict generalisation, nor be a property of the function: two "
     "networks may compute the same without a symmetry that leads from one to the other.",
 )
 
