@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,3 +193,21 @@ def test_probes_outside_the_span_are_counted() -> None:
     assert (found.rank, found.outside) == (2, 1)
     with pytest.raises(FeatureError, match="2 units, probes 1"):
         leverage([[0.0, 1.0]], [[1.0]])
+
+
+# --- the documented example ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_example_prints_what_the_documentation_shows(one_thread: None, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[1]
+    example, page = root / "examples" / "weakness.py", root / "docs" / "weakness.md"
+    if not (example.exists() and page.exists()):
+        pytest.skip(f"{example} and {page} are part of the repository, not of the source distribution")
+    runpy.run_path(str(example))
+    printed = capsys.readouterr().out
+    assert "certificates hold, 0 fail" in printed
+    shown = page.read_text(encoding="utf-8")
+    block = shown[shown.index("    activation patterns") : shown.index("\n## The three")]
+    assert len(block.splitlines()) == len(printed.splitlines())
+    assert "".join(re.findall(r"[a-z]+", block)) == "".join(re.findall(r"[a-z]+", printed))  # all but the numbers
