@@ -170,6 +170,18 @@ def test_a_draw_of_micro_batches_has_a_standard_error() -> None:
     assert found.cost < everything.cost / 4
 
 
+def test_micro_batches_of_half_precision_and_of_masked_targets() -> None:
+    net, x, y = classifier()
+    half = Objective(net.to(torch.bfloat16), F.cross_entropy, (x.to(torch.bfloat16), y))
+    assert one(half, "m_sharpness", micro_batch=7).value > 0
+    net, x, y = classifier()
+    y[:20] = -100
+    masked = one(Objective(net, F.cross_entropy, (x, y)), "m_sharpness", micro_batch=30)
+    assert masked.value == pytest.approx(
+        one(Objective(net, F.cross_entropy, (x[20:], y[20:])), "sam_sharpness").value, rel=1e-9
+    )
+
+
 def test_micro_batches_leave_model_and_data_alone() -> None:
     f, x, _ = regression()
     before = (x.clone(), f.point())

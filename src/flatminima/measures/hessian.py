@@ -18,7 +18,7 @@ from flatminima.measures.invariance import (
     NEARLY,
 )
 from flatminima.objective import Objective, ObjectiveError
-from flatminima.operators import Operator
+from flatminima.operators import OfObjective
 
 
 @register(
@@ -170,7 +170,7 @@ def exact_rounding(bench: Workbench) -> float:
     return 16 * max(torch.finfo(torch.float64).eps, bench.precise.rounding)
 
 
-class Relative(Operator):
+class Relative(OfObjective):
     r"""The Hessian in units of the weights, :math:`T H T` with :math:`T = \mathrm{diag}|w|`. Cost: 2 gradients a column.
 
     Example:
@@ -183,28 +183,9 @@ class Relative(Operator):
     """
 
     def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self.scale = objective.point().double().abs()
-        self.n, self.dtype, self.device = objective.n, objective.dtype, objective.device
+        super().__init__(objective)
+        self.scale = objective.point().double().abs()[:, None]
 
-    @property
-    def block_size(self) -> int:  # type: ignore[override]
-        """How many columns are best multiplied at once."""
-        return self.objective.block_size
-
-    @property
-    def rounding(self) -> float:
-        """Relative error of one product, about."""
-        return self.objective.rounding
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of a result must know about the products."""
-        return self.objective.notes
-
-    def _apply(self, block: Tensor) -> Tensor:
-        before = self.objective.evaluations.gradient_equivalents
-        scale = self.scale[:, None]
-        image = scale * self.objective.hvp((scale * block).to(self.dtype))
-        self.gradient_equivalents += self.objective.evaluations.gradient_equivalents - before
+    def _multiply(self, block: Tensor) -> Tensor:
+        image = self.scale * self.objective.hvp((self.scale * block).to(self.dtype))
         return image.to(self.dtype)

@@ -25,7 +25,7 @@ from flatminima.measures.invariance import CONDITIONAL, NEARLY, SHIFTS, SIGNED_P
 from flatminima.measures.outputs import last_layer, tied, why_no_last_layer
 from flatminima.names import unknown
 from flatminima.objective import Objective
-from flatminima.operators import Operator
+from flatminima.operators import OfObjective
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,7 @@ def _closed_form(objective: Objective, name: str, weight: Tensor) -> float:
 
 def _row_products(objective: Objective, name: str, weight: Tensor) -> float:
     r"""``sum_i |a_i|^2 tr(M_i W W')`` by products of :math:`M` with the same column for all rows at once."""
-    left, sizes, _ = torch.linalg.svd(weight, full_matrices=False)
-    columns = (left * sizes)[:, sizes > sizes.max() * torch.finfo(torch.float64).eps] if len(sizes) else left
+    columns = _root(weight)
     total = 0.0
     for number, one in enumerate(each_pass(objective)):
         if number == 0 and one.rows > 1:
@@ -206,30 +205,27 @@ def _row_products(objective: Objective, name: str, weight: Tensor) -> float:
     return total
 
 
-class _RowMixed(Operator):
+class _RowMixed(OfObjective):
     r""":math:`(C^\top \otimes I) H (C \otimes I)` with :math:`C C^\top = W W^\top`, the Hessian in the layer's weight alone."""
 
     def __init__(self, objective: Objective, name: str, weight: Tensor) -> None:
-        left, sizes, _ = torch.linalg.svd(weight, full_matrices=False)
-        self._columns = (left * sizes)[:, sizes > sizes.max() * torch.finfo(torch.float64).eps]
-        self._width = weight.shape[1]
-        self._block = objective.restricted([_parameter(name)])
-        self._counted = objective
-        self.n = self._columns.shape[1] * self._width
-        self.dtype, self.device = torch.float64, objective.device
+        super().__init__(objective.restricted([_parameter(name)]))
+        self._columns, self._width, self._counted = _root(weight), weight.shape[1], objective
+        self.n, self.dtype = self._columns.shape[1] * self._width, torch.float64
 
-    @property
-    def rounding(self) -> float:
-        """Relative error of one product, about."""
-        return self._block.rounding
-
-    def _apply(self, block: Tensor) -> Tensor:
+    def _multiply(self, block: Tensor) -> Tensor:
         mixed = torch.einsum("sr,rjk->sjk", self._columns, block.reshape(-1, self._width, block.shape[1]))
-        image = self._block.hvp(mixed.reshape(self._block.n, -1)).double()
+        image = self.objective.hvp(mixed.reshape(self.objective.n, -1)).double()
         self._counted.evaluations.hvp += block.shape[1]
-        self.gradient_equivalents += 2.0 * block.shape[1]
         back = torch.einsum("sr,sjk->rjk", self._columns, image.reshape(len(self._columns), self._width, -1))
         return back.reshape(self.n, -1)
+
+
+def _root(weight: Tensor) -> Tensor:
+    """``C`` with ``C C' = W W'``, as few columns as the weight has rank."""
+    left, sizes, _ = torch.linalg.svd(weight, full_matrices=False)
+    columns: Tensor = left * sizes
+    return columns[:, sizes > sizes.amax() * torch.finfo(torch.float64).eps]
 
 
 @register(

@@ -154,8 +154,9 @@ def m_sharpness(bench: Workbench) -> Measurement:
     r"""m-sharpness :math:`\frac1B \sum_b \max_{\lVert\delta_b\rVert_2 \le \rho} L_b(w+\delta_b) - L_b(w)`, from below.
 
     The rows of each batch are shuffled and cut into micro-batches :math:`b` of ``micro_batch`` rows; a rest counts by its
-    rows. If there are more than ``max_micro_batches``, so many are drawn. The error is the standard error of that draw; where
-    all were used it is, as for the other maxima, the mean spread of the starts. Source: Foret et al. (2021), section 4.1.
+    rows (or unmasked targets). If there are more than ``max_micro_batches``, so many are drawn. The error is the standard
+    error of that draw; where all were used it is, as for the other maxima, the mean spread of the starts. Source: Foret et
+    al. (2021), section 4.1.
     Cost: up to 2 * ascent_steps gradients, of the share of the rows that are used.
     """
     options, objective = bench.options, bench.objective
@@ -168,9 +169,9 @@ def m_sharpness(bench: Workbench) -> Measurement:
     for part in parts:
         found.append(worst("m_sharpness", bench, Ball(scales.plain(part), options.rho), part))
         objective.evaluations.passes += part.evaluations.gradient_equivalents * part.rows / objective.rows
-    rows = torch.tensor([float(part.rows) for part in parts], dtype=torch.float64)
+    weights = torch.tensor([part._total for part in parts], dtype=torch.float64)
     values = torch.tensor([m.value for m in found], dtype=torch.float64)
-    value = float((rows * values).sum() / rows.sum())
+    value = float((weights * values).sum() / weights.sum())
     if everything:
         kind, spreads = "lower bound, spread of starts", [m.error for m in found if m.error is not None]
         error = math.fsum(spreads) / len(spreads) if spreads else None
@@ -184,7 +185,8 @@ def m_sharpness(bench: Workbench) -> Measurement:
 
 def _micro_batches(objective: Objective, rows: int, generator: torch.Generator) -> Iterator[Objective]:
     """The rows of every batch, shuffled and cut."""
-    for piece in objective._pieces.batches():
+    for whole in objective._pieces.batches():
+        piece = whole if objective._cast is None else objective._in_dtype(whole, objective._cast)
         order = torch.randperm(piece.rows, generator=generator)
         for chosen in order.split(rows):
             pair = tuple(cut_rows(tree, piece.rows, chosen) for tree in (piece.inputs, piece.targets))
