@@ -198,7 +198,7 @@ def test_sam_on_moves_normalisation_layers_alone() -> None:
     agree(found, expected)
     moved_far(found, plain)
     assert calls == 2 * STEPS
-    assert sum(c.numel() for c in opt._perturbation._clean) == 10  # and no copy of the rest is made
+    assert sum(c.numel() for c in opt._engine.perturbation._clean) == 10  # and no copy of the rest is made
 
 
 @pytest.mark.parametrize("draws", [1, 3])

@@ -42,7 +42,7 @@ class Perturbation:
         self._moved: list[Tensor] = []
         self._clean: list[Tensor] = []
         self._known: list[Tensor] = []
-        self._places: list[Any] = []
+        self._places: Any = None
         self._flat: Tensor | None = None
         self._views: list[Tensor] = []
         self._pieces: list[Tensor] = []
@@ -72,7 +72,8 @@ class Perturbation:
 
         Args:
             tensors: what to move; the storage stays the same.
-            directions: one per tensor, of its shape (any floating dtype).
+            directions: one per tensor, of its shape (any floating dtype; the sum is rounded once). A sequence that makes its
+                items when they are asked for is asked once for each, in order, after the clean values are safe.
             scale: one factor, or one per tensor.
 
         Raises:
@@ -81,7 +82,9 @@ class Perturbation:
         """
         if self._moved:
             raise RuntimeError("these tensors are already displaced: call restore() before the next move")
-        scales = [scale] * len(tensors) if isinstance(scale, int | float) else list(scale)
+        scales = [float(scale)] if isinstance(scale, int | float) else list(scale)
+        if len(scales) == 1 and len(tensors) != 1:
+            scales *= len(tensors)
         if not len(tensors) == len(directions) == len(scales):
             raise ValueError(
                 f"got {len(tensors)} tensors, {len(directions)} directions and {len(scales)} scales; expected equal"
@@ -91,38 +94,44 @@ class Perturbation:
         targets = list(tensors)
         self._remember(targets)
         self._moved = targets
-        for factor in dict.fromkeys(scales):
-            chosen = [i for i, s in enumerate(scales) if s == factor] if len(set(scales)) > 1 else range(len(targets))
-            _add(targets, directions, factor, chosen)
+        if not isinstance(directions, list | tuple):
+            for target, direction, factor in zip(targets, directions, scales, strict=True):
+                target.add_(direction, alpha=factor)
+        elif len(set(scales)) == 1:
+            torch._foreach_add_(targets, list(directions), alpha=scales[0])
+        else:
+            for factor in dict.fromkeys(scales):
+                chosen = [i for i, s in enumerate(scales) if s == factor]
+                torch._foreach_add_([targets[i] for i in chosen], [directions[i] for i in chosen], alpha=factor)
 
     def _remember(self, targets: list[Tensor]) -> None:
         # The flat buffer saves and restores memory, through views that keep it alive: address and size say all. Comparing
         # shapes as well would cost as much as the copy of a small network.
-        if self._flat is not None:
-            places: list[Any] = [(t.data_ptr(), t.numel()) for t in targets]
-        else:
-            places = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in targets]
-        if not (
-            len(targets) == len(self._known) and all(map(operator.is_, targets, self._known)) and places == self._places
-        ):
-            self._known = targets
-            self._clean, self._flat, self._views = [], None, []
-            if _packable(targets):
-                self._flat = torch.empty(
-                    sum(t.numel() for t in targets), dtype=targets[0].dtype, device=targets[0].device
-                )
-                self._views = [t.detach().view(-1) for t in targets]
-                pieces = self._flat.split([t.numel() for t in targets])
-                self._pieces = list(pieces)
-                self._clean = [piece.view(t.shape) for piece, t in zip(pieces, targets, strict=True)]
-                self._places = [(t.data_ptr(), t.numel()) for t in targets]
-            else:
-                self._clean = [torch.empty_like(t) for t in targets]
-                self._places = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in targets]
+        places: Any = [t.data_ptr() for t in targets], [t.numel() for t in targets]
+        if self._flat is None:
+            places = places, [(t.dtype, t.shape, t.stride()) for t in targets]
+        known = len(targets) == len(self._known) and all(map(operator.is_, targets, self._known))
+        if not (known and places == self._places):
+            self._prepare(targets)
         if self._flat is not None:
             torch.cat(self._views, out=self._flat)
         else:
             torch._foreach_copy_(self._clean, targets)
+
+    def _prepare(self, targets: list[Tensor]) -> None:
+        """Allocate for targets that are not those of the last move."""
+        self._forget()
+        self._known = targets
+        sizes = [t.numel() for t in targets]
+        self._places = [t.data_ptr() for t in targets], sizes
+        if _packable(targets):
+            self._flat = torch.empty(sum(sizes), dtype=targets[0].dtype, device=targets[0].device)
+            self._views = [t.detach().view(-1) for t in targets]
+            self._pieces = list(self._flat.split(sizes))
+            self._clean = [piece.view(t.shape) for piece, t in zip(self._pieces, targets, strict=True)]
+        else:
+            self._clean = [torch.empty_like(t, requires_grad=False) for t in targets]
+            self._places = self._places, [(t.dtype, t.shape, t.stride()) for t in targets]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -176,16 +185,3 @@ def _packable(tensors: Sequence[Tensor]) -> bool:
         and all(t.dtype == first.dtype and t.device == first.device and t.is_contiguous() for t in tensors)
         and sum(t.numel() for t in tensors) < SMALL * len(tensors)
     )
-
-
-def _add(targets: list[Tensor], directions: Sequence[Tensor], factor: float, chosen: Sequence[int]) -> None:
-    every = len(chosen) == len(targets)
-    to = targets if every else [targets[i] for i in chosen]
-    by = list(directions) if every else [directions[i] for i in chosen]
-    if [t.dtype for t in to] == [d.dtype for d in by]:
-        torch._foreach_add_(to, by, alpha=factor)
-        return
-    for t, d in zip(to, by, strict=True):
-        # Rounding the direction first and the sum again loses a bit; the sum is made in the wider of the two.
-        wide = torch.promote_types(t.dtype, d.dtype)
-        t.copy_(t.to(wide, copy=True).add_(d.to(wide), alpha=factor))

@@ -1,7 +1,8 @@
 """A list of tensors as one long vector: its norm and inner products, also when the tensors are shards on several ranks.
 
-Norms are the only arithmetic that a sharpness-aware step cannot do tensor by tensor, and three things go wrong in them: half
-precision overflows above 65504, many small tensors cost a call each, and a shard knows only its part of the sum.
+Norms are the only arithmetic that a sharpness-aware step cannot do tensor by tensor, and four things go wrong in them: half
+precision overflows above 65504, a single-precision sum over millions of entries loses four digits on a CPU, many small
+tensors cost a call each, and a shard knows only its part of the sum.
 """
 
 from __future__ import annotations
@@ -13,19 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatminima.sharding import local
+
+__all__ = ["SMALL", "dense", "dot", "finite", "length", "local", "norm", "plain", "real"]
+
 _PLAIN = (Tensor, nn.Parameter)
 _HALF = (torch.float16, torch.bfloat16)
 # Below this mean size the call outweighs the traffic, and one copy into a flat vector is cheaper than a call per tensor.
 SMALL = 2**14
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: the tensor itself, or the local shard of a ``DTensor`` (sharing its storage)."""
-    if type(tensor) in _PLAIN or not hasattr(tensor, "to_local"):
-        return tensor
-    with torch.no_grad():
-        shard: Tensor = tensor.to_local()
-    return getattr(shard, "elem", shard)
+# Entries that are summed in single precision before the sums are added up in double.
+_PIECE = 2**18
 
 
 def plain(tensors: Sequence[Tensor]) -> bool:
@@ -38,6 +36,11 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.layout is not torch.strided else tensor
 
 
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers (a view); any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def norm(tensors: Sequence[Tensor], whole: Sequence[Tensor] | None = None) -> float:
     r"""The Euclidean norm :math:`\sqrt{\sum_i \lVert t_i \rVert^2}` of all entries together.
 
@@ -45,8 +48,9 @@ def norm(tensors: Sequence[Tensor], whole: Sequence[Tensor] | None = None) -> fl
         tensors: what this rank holds, any floating dtype.
         whole: the tensors they are shards of, when some are (one reduction per device mesh, over the ranks that share it).
 
-    Half precision is summed in single. A single-precision result of zero or infinity is computed again in double, so that
-    neither tiny nor huge gradients are mistaken for none. NaN and infinite entries give NaN or infinity.
+    Half precision is summed in single, single in pieces whose sums are added in double. A result of zero or infinity
+    is computed again in double, so that neither tiny nor huge gradients are mistaken for none. NaN and infinite entries give
+    NaN or infinity.
 
     Example:
         >>> norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
@@ -63,6 +67,31 @@ def norm(tensors: Sequence[Tensor], whole: Sequence[Tensor] | None = None) -> fl
     if value == 0.0 or math.isinf(value):
         value = float(torch.stack([torch.linalg.vector_norm(t, dtype=_wide(t)).cpu() for t in tensors]).norm())
     return value
+
+
+def length(tensor: Tensor) -> Tensor:
+    """The norm of one tensor, as a tensor: nothing waits for the device."""
+    if tensor.dtype in _HALF:
+        tensor = tensor.float()
+    pieces = _pieces([tensor]) if tensor.is_cpu else [tensor]
+    lengths = torch._foreach_norm(pieces)
+    return lengths[0] if len(lengths) == 1 else torch.stack(lengths).norm()
+
+
+def finite(tensors: Sequence[Tensor], whole: Sequence[Tensor] | None = None) -> bool:
+    """Whether no entry is NaN or infinite, on no rank.
+
+    Example:
+        >>> finite([torch.ones(2), torch.zeros(1)]), finite([torch.ones(2), torch.tensor([math.inf])])
+        (True, False)
+    """
+    ordinary = whole is None or plain(whole)
+    if ordinary and tensors and tensors[0].is_cpu and tensors[0].dtype not in _HALF and _alike(tensors):
+        # A sum meets every entry and cannot lose a NaN or an infinity; it is the cheapest pass over memory there is.
+        sums = [t.sum() for t in _packed(tensors)]
+        if math.isfinite(float(sums[0] if len(sums) == 1 else torch.stack(sums).sum())):
+            return True  # else the sum may have overflowed
+    return math.isfinite(norm(tensors, whole))
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor], whole: Sequence[Tensor] | None = None) -> float:
@@ -82,19 +111,42 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    return len({t.dtype for t in tensors}) == 1 and len({t.get_device() for t in tensors}) == 1
+
+
+def _packed(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same entries in fewer tensors."""
+    small = [t for t in tensors if t.numel() < SMALL]
+    if len(small) < 4:
+        return tensors
+    return [torch._C._nn.flatten_dense_tensors(small), *(t for t in tensors if t.numel() >= SMALL)]
+
+
+def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same entries in tensors that are short enough to be summed in single precision."""
+    short: list[Tensor] = []
+    for t in tensors:
+        size = t.numel()
+        if size <= _PIECE:
+            short.append(t)
+        else:
+            rows = t.view(-1) if t.is_contiguous() else t
+            short += rows.split(max(1, _PIECE * rows.shape[0] // size))
+    return short
+
+
 def _norm(tensors: Sequence[Tensor]) -> float:
     first = tensors[0]
-    dtype = first.dtype
-    if len({t.dtype for t in tensors}) > 1 or len({t.get_device() for t in tensors}) > 1:
+    if not _alike(tensors):
         kinds = {(t.dtype, t.device) for t in tensors}
         return math.hypot(*(_norm([t for t in tensors if (t.dtype, t.device) == kind]) for kind in kinds))
-    if dtype in _HALF:
-        return _norm([t.float() for t in tensors])
-    if len(tensors) > 1 and sum([t.numel() for t in tensors]) < SMALL * len(tensors):
-        flat = torch._C._nn.flatten_dense_tensors(list(tensors))
-        return float(torch.linalg.vector_norm(flat))
-    norms = torch.stack(torch._foreach_norm(list(tensors))).to(_wide(first))
-    return float(torch.linalg.vector_norm(norms))
+    if first.dtype in _HALF:
+        return math.hypot(*(_norm([t.float()]) for t in _packed(tensors)))
+    if first.is_cpu:
+        tensors = _pieces(_packed(tensors))
+    norms = torch._foreach_norm(list(tensors))
+    return float(norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms).to(_wide(first))))
 
 
 def _total(parts: Sequence[Tensor], whole: Sequence[Tensor]) -> float:

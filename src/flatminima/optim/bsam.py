@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatminima.optim.passes import Passes, as_closures, evaluate
+from flatminima.optim.closures import Work, evaluate
+from flatminima.optim.passes import Passes
 from flatminima.perturbation import Perturbation
 from flatminima.vectors import dense, norm
 
@@ -93,7 +94,7 @@ class BSAM(torch.optim.Optimizer):
         Returns:
             The loss at the noisy weights.
         """
-        closures, shares = as_closures(closure, weights)
+        work = Work.checked(closure, weights)
         groups = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
         parameters = [p for _, p in groups]
         for group, p in groups:
@@ -106,7 +107,7 @@ class BSAM(torch.optim.Optimizer):
         slope = [torch.zeros_like(p) for p in parameters]
         curvature = [torch.zeros_like(p) for p in parameters]
         seen: list[bool] = [False] * len(parameters)
-        for closure, share in zip(closures, shares, strict=True):
+        for each, share in zip(work.closures, work.weights, strict=True):
             self._passes.remember(parameters)
             noise = [
                 torch.randn(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), generator=generator)
@@ -119,7 +120,7 @@ class BSAM(torch.optim.Optimizer):
                 ]
             with self._perturbation as away:
                 away.move(parameters, spread)
-                loss = evaluate(closure, parameters)
+                loss = evaluate(each, parameters)
             total = loss * share if total is None else total + loss * share
             noisy = _gradients(parameters)
             with self._perturbation as away, self._passes.statistics_kept():
@@ -129,7 +130,7 @@ class BSAM(torch.optim.Optimizer):
                         ascent = [noisy[i] / precision[i] * groups[i][0]["rho"] for i in moved]
                     away.move([parameters[i] for i in moved], ascent)
                 self._passes.replay()
-                evaluate(closure, parameters)
+                evaluate(each, parameters)
             with torch.no_grad():
                 for i, (g, there) in enumerate(zip(noisy, _gradients(parameters), strict=True)):
                     if g is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Sequence
@@ -78,16 +79,22 @@ class Wrapper(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimiser or of the bare base; groups without ``rho`` keep the present one."""
         present = [group["rho"] for group in self.param_groups]
-        self.base.load_state_dict(state_dict)
+        with self._loading():
+            self.base.load_state_dict(state_dict)
         for group, rho in zip(self.param_groups, present, strict=True):
             group.setdefault("rho", rho)
-        self._load_own_state(state_dict.get(_OWN))
+        self._load_own_state(state_dict.get(_OWN, {}))
 
     def _own_state(self) -> dict[str, Any]:
+        """What is saved besides the base's state."""
         return {}
 
-    def _load_own_state(self, state: dict[str, Any] | None) -> None:
-        pass
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`_own_state` gave, or nothing."""
+
+    def _loading(self) -> contextlib.AbstractContextManager[None]:
+        """What the base's loading happens in."""
+        return contextlib.nullcontext()
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but hooks and the patches of schedulers, which are functions of this process."""
@@ -97,15 +104,13 @@ class Wrapper(torch.optim.Optimizer):
         super().__setstate__(state)
         self._share_hooks()
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        for i, group in enumerate(self.param_groups):
-            names: Sequence[str] = group.get("param_names") or [
-                f"parameter {j} of group {i}" for j in range(len(group["params"]))
-            ]
-            yield from zip(names, group["params"], strict=True)
+def named(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter with the name it was given, or with its place."""
+    for i, group in enumerate(groups):
+        places = [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
+        names: Sequence[str] = group.get("param_names") or places
+        yield from zip(names, group["params"], strict=True)
 
 
 def check_rho(rho: Any) -> None:
@@ -131,3 +136,12 @@ def _check_base(base: Any) -> None:
             f"{name} evaluates the loss itself, as often as it likes, so that no single gradient is left to replace: "
             "wrap an optimiser whose step() needs no closure, such as SGD or AdamW"
         )
+
+
+def check_momentum(base: Any) -> None:
+    """Refuse a base without momentum, where the variant looks along it."""
+    for group in getattr(base, "param_groups", []):
+        if not (group.get("momentum") or "betas" in group):
+            raise ValueError(
+                f"msam follows the momentum of the base optimiser and {type(base).__name__} has none: set momentum=0.9, say"
+            )
