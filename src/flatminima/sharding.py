@@ -24,6 +24,17 @@ def local(tensor: Tensor) -> Tensor:
     return getattr(shard, "elem", shard)  # a collective still under way wraps the tensor it fills
 
 
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """This process' part of a tensor that all processes have, cut as ``like`` is; all of it where ``like`` is not sharded."""
+    if not is_sharded(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    placements = like.placements  # type: ignore[attr-defined]
+    return local(distribute_tensor(whole.to(mesh.device_type), mesh, placements, src_data_rank=None))
+
+
 def sharding_modules(model: nn.Module) -> list[Any]:
     """The modules that ``fully_shard`` was applied to, outermost first."""
     return [m for m in model.modules() if type(m).__name__.startswith("FSDP") and callable(getattr(m, "reshard", None))]

@@ -115,15 +115,14 @@ class Reuse(Perturbed):
         square = at.dot(clean, clean)
         along = at.dot(clean, there) / square if square > 0 else 0.0
         across = list(torch._foreach_sub(there, torch._foreach_mul(list(clean), along)))
-        length = at.norm(across)
-        if length > 0 and math.isfinite(length):
-            torch._foreach_div_(across, length)
+        size = at.norm(across)
+        if size > 0 and math.isfinite(size):
+            torch._foreach_div_(across, size)
             at.memory["across"] = dict(zip(at.parameters, across, strict=True))
 
     def without(self, at: Point) -> None:
         """Add the kept direction, as long as a share of this gradient."""
         across = at.memory.get("across", {})
         known = [(g, across[p]) for p, g in zip(at.parameters, at.gradients, strict=True) if p in across]
-        length = at.norm(at.gradients)
-        if known and math.isfinite(length):
-            torch._foreach_add_([g for g, _ in known], [u for _, u in known], alpha=self.alpha * length)
+        if known and math.isfinite(at.length):
+            torch._foreach_add_([g for g, _ in known], [u for _, u in known], alpha=self.alpha * at.length)

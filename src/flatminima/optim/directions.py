@@ -7,6 +7,7 @@ A zero or non-finite length means: stay; a negative one looks the other way with
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from flatminima.names import unknown
-from flatminima.vectors import SMALL, dot, length, local, norm, plain, real
+from flatminima.sharding import is_sharded, shard_like
+from flatminima.vectors import SMALL, Kind, dot, length, local, norm, plain, real
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Point:
         draw: which of several perturbations of this step.
         memory: vectors that a policy keeps between steps, by name and parameter.
         state: the state of the base optimiser.
+        kind: what the values are like, if it is known.
     """
 
     parameters: list[Tensor]
@@ -46,10 +49,16 @@ class Point:
     draw: int = 0
     memory: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
     state: Any = None
+    kind: Kind | None = None
+
+    @functools.cached_property
+    def length(self) -> float:
+        """Norm of the gradients, before anything changes them."""
+        return self.norm(self.gradients)
 
     def norm(self, vectors: Sequence[Tensor]) -> float:
         """Euclidean norm of vectors that belong to the parameters, over all shards."""
-        return norm(vectors, self.parameters)
+        return norm(vectors, self.parameters, self.kind)
 
     def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
         """Inner product of vectors that belong to the parameters, over all shards."""
@@ -72,7 +81,7 @@ class Gradient:
 
     def __call__(self, at: Point) -> tuple[Sequence[Tensor], float]:
         """The gradient and its norm."""
-        return at.gradients, at.norm(at.gradients)
+        return at.gradients, at.length
 
 
 class Adaptive:
@@ -106,7 +115,7 @@ class Adaptive:
         if not scaled:
             return at.gradients, at.norm(at.gradients)
         twice = Scaled(at.values, at.gradients, self.eta, scaled, packed=plain(at.parameters))
-        return twice if twice.later else list(twice), at.norm(twice.lengths)
+        return twice if twice.later else list(twice), norm(twice.lengths, at.parameters)
 
 
 class Scaled(Sequence[Tensor]):
@@ -266,12 +275,13 @@ class Noise:
         """One draw for each tensor."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + at.step) * 1_009 + at.draw)
         vectors = []
-        for v in at.values:
+        for p, v in zip(at.parameters, at.values, strict=True):
+            shape = p.shape if is_sharded(p) else v.shape  # every rank draws the whole, and takes its shard of it
             wide = torch.promote_types(v.dtype, torch.float32)
             d = (
-                torch.randn(v.shape, dtype=wide, generator=generator)
+                torch.randn(shape, dtype=wide, generator=generator)
                 if self.kind != "uniform"
-                else 2 * torch.rand(v.shape, dtype=wide, generator=generator) - 1
+                else 2 * torch.rand(shape, dtype=wide, generator=generator) - 1
             )
-            vectors.append(d.to(v.device))
+            vectors.append(shard_like(d, p).to(v.device))
         return vectors, at.norm(vectors) if self.kind == "sphere" else 1.0

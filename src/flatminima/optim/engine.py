@@ -5,6 +5,7 @@ In which order is said in :mod:`flatminima.optim.steps`; which direction, when, 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,11 +17,11 @@ from torch import Tensor
 from flatminima.optim.ascent import Ascent
 from flatminima.optim.combine import Perturbed
 from flatminima.optim.directions import Point, Scaled
-from flatminima.optim.masters import Masters
 from flatminima.optim.variants import Recipe
-from flatminima.optim.wrapper import check_rho, named
+from flatminima.optim.weights import Held, Weights
+from flatminima.optim.wrapper import check_rho
 from flatminima.perturbation import Perturbation
-from flatminima.vectors import dense, finite, local, norm, plain, real
+from flatminima.vectors import finite, norm
 
 
 class Engine:
@@ -29,9 +30,9 @@ class Engine:
     Args:
         base: the optimiser that makes the update.
         recipe: what makes the variant.
+        weights: what is moved and updated.
         only: the parameters that are moved; all when None.
         decay_in_ascent: the direction follows the penalised loss.
-        master: keep half-precision parameters in single precision.
         settle: called when weights were moved.
 
     Attributes:
@@ -43,56 +44,21 @@ class Engine:
         self,
         base: torch.optim.Optimizer,
         recipe: Recipe,
+        weights: Weights,
         only: frozenset[Tensor] | None,
         decay_in_ascent: bool,
-        master: bool,
         settle: Callable[[], None],
     ) -> None:
-        self.base, self.recipe, self.only, self.decay_in_ascent = base, recipe, only, decay_in_ascent
-        self._settle = settle
-        self.masters = Masters(base) if master else None
+        self.base, self.recipe, self.weights, self.only = base, recipe, weights, only
         self.perturbation = Perturbation()
         self.steps = 0
         self.skipped = 0
         self.skip_reason: str | None = None
+        self._decay_in_ascent, self._settle = decay_in_ascent, settle
         self._memory: dict[str, dict[Tensor, Tensor]] = {}
         self._displaced: list[Tensor] = []
         self._info: Ascent | None = None
         self._warned = False
-
-    def parameters(self) -> list[Tensor]:
-        """All parameters of the base, in its order."""
-        groups = self.base.param_groups
-        return groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
-
-    def values(self, parameters: list[Tensor]) -> list[Tensor]:
-        """What this rank holds of the weights that are moved and updated: of the parameters, or of their masters."""
-        held = parameters if self.masters is None else self.masters.of(parameters)
-        return held if _ordinary(held) else [real(local(p)) for p in held]
-
-    def gradients(self, parameters: list[Tensor], keep: bool = False) -> list[Tensor]:
-        """What this rank holds of their gradients, in the dense layout and the precision of :meth:`values`.
-
-        Args:
-            parameters: each has a gradient.
-            keep: the list will be changed in place, and the base has to see that.
-        """
-        found = [p.grad for p in parameters]
-        if not _ordinary(found):
-            for i, p in enumerate(parameters):
-                assert p.grad is not None
-                whole = dense(p.grad)
-                if keep and whole is not p.grad:
-                    p.grad = whole
-                found[i] = real(local(whole))
-        if self.masters is not None:
-            return [g.float() if g.dtype.itemsize < 4 else g for g in found if g is not None]
-        return found  # type: ignore[return-value]
-
-    def follow(self) -> None:
-        """Take over what was done to half-precision parameters since the last step."""
-        if self.masters is not None:
-            self.masters.follow(self.parameters())
 
     # ----- away and back ----------------------------------------------------------------------------------------------
 
@@ -104,16 +70,16 @@ class Engine:
             draw: which of several perturbations of this step.
         """
         members, groups = self._members()
-        self.follow()
+        self.weights.follow()
         with torch.no_grad():
             verdict = self._decide(unit)
             if verdict is not None:
                 return verdict
-            gradients = self.gradients(members) if self.recipe.direction.needs_gradient else []
-            at = self.point(members, self.values(members), gradients, unit, groups, draw)
+            held = self.weights.hold(members, gradients=self.recipe.direction.needs_gradient)
+            at = self.point(members, held, unit, groups, draw)
             vectors, scales, length = self.direction(at)
             if not scales:
-                return Ascent(length, None if math.isfinite(length) else self.why(length))
+                return Ascent(length, None if math.isfinite(length) else self.weights.why(length))
             self.move(members, at.values, vectors, scales)
             self._info = Ascent(abs(length), measure=lambda: self._realised(at, vectors, scales))
             self._warn_when_rounded_away(self._info, at)
@@ -121,9 +87,9 @@ class Engine:
 
     def direction(self, at: Point) -> tuple[Sequence[Tensor], list[float], float]:
         """Vectors, the factor of each, and the length they were divided by; no factors where the weights have to stay."""
-        if self.decay_in_ascent and at.gradients:
-            decays = (g.add(w, alpha=d / at.unit) for w, g, d in zip(at.values, at.gradients, at.decay, strict=True))
-            at.gradients = list(decays)
+        if self._decay_in_ascent and at.gradients:
+            found = zip(at.values, at.gradients, at.decay, strict=True)
+            at.gradients = [g.add(w, alpha=decay / at.unit) for w, g, decay in found]
         vectors, length = self.recipe.direction(at)
         stay = length == 0 or not math.isfinite(length)
         return vectors, [] if stay else [r / length for r in at.rho], length
@@ -138,42 +104,43 @@ class Engine:
         """Displace the weights along given vectors."""
         self._displaced = parameters
         self.perturbation.move(values, vectors, scales)
-        self._moved(parameters)
-
-    def _moved(self, parameters: list[Tensor]) -> None:
-        if self.masters is not None:
-            self.masters.publish(parameters)
+        self.weights.moved(parameters)
         self._settle()
 
     def restore(self) -> None:
         """Bring the weights back, if they are displaced."""
         if self.perturbation.active:
             self.perturbation.restore()
-            self._moved(self._displaced)
+            self.weights.moved(self._displaced)
+            self._settle()
         if self._info is not None:
             self._info.close()
             self._info = None
 
     def clean_gradients(self) -> dict[Tensor, Tensor]:
         """The gradients at the weights, kept for after the second pass."""
-        found = [p for p in self.parameters() if p.grad is not None]
+        found = self.weights.with_gradients()
+        pairs = zip(found, self.weights.hold(found).gradients, strict=True)
         # Data-parallel training may let gradients live in its buckets, which the second pass overwrites.
-        pairs = zip(found, self.gradients(found), strict=True)
         return {p: g.clone() if p.grad is not None and p.grad._is_view() else g for p, g in pairs}
 
     def point(
-        self,
-        parameters: list[Tensor],
-        values: list[Tensor],
-        gradients: list[Tensor],
-        unit: float,
-        groups: Sequence[dict[str, Any]] = (),
-        draw: int = 0,
+        self, parameters: list[Tensor], held: Held, unit: float, groups: Sequence[dict[str, Any]] = (), draw: int = 0
     ) -> Point:
         """What the policies are shown."""
-        rho = [group["rho"] for group in groups]
-        decay = [float(group.get("weight_decay", 0.0)) for group in groups] if self.decay_in_ascent else []
-        return Point(parameters, values, gradients, rho, decay, unit, self.steps, draw, self._memory, self.base.state)
+        return Point(
+            parameters,
+            held.values,
+            held.gradients,
+            [group["rho"] for group in groups],
+            [float(group.get("weight_decay", 0.0)) for group in groups] if self._decay_in_ascent else [],
+            unit,
+            self.steps,
+            draw,
+            self._memory,
+            self.base.state,
+            held.kind,
+        )
 
     def _members(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
         """The parameters that this perturbation moves, and the group of each."""
@@ -181,11 +148,10 @@ class Engine:
         groups: list[dict[str, Any]] = []
         for group in self.base.param_groups:
             check_rho(group["rho"])
-            chosen = (
-                [p for p in group["params"] if p.grad is not None]
-                if self.recipe.direction.needs_gradient
-                else [p for p in group["params"] if p.requires_grad]
-            )
+            if self.recipe.direction.needs_gradient:
+                chosen = [p for p in group["params"] if p.grad is not None]
+            else:
+                chosen = [p for p in group["params"] if p.requires_grad]
             if self.only is not None:
                 chosen = [p for p in chosen if p in self.only]
             members += chosen
@@ -196,8 +162,9 @@ class Engine:
         """Whether to stay, as the schedule has it."""
         planned = self.recipe.when.planned(self.steps)
         if planned is None:
-            everything = [p for p in self.parameters() if p.grad is not None]
-            length = norm(self.gradients(everything), everything) * unit
+            everything = self.weights.with_gradients()
+            held = self.weights.hold(everything)
+            length = norm(held.gradients, everything, held.kind) * unit
             if math.isfinite(length) and not self.recipe.when.decide(self.steps, length**2):
                 return Ascent(length)
         return Ascent(math.nan) if planned is False else None
@@ -232,36 +199,28 @@ class Engine:
         """
         combine = self.recipe.combine
         changes = combine.needs_clean or type(combine) is not Perturbed
-        found = [p for p in self.parameters() if p.grad is not None]
-        self.follow()
-        gradients = self.gradients(found, keep=changes)
-        if not finite(gradients, found):
-            self.skip("last", self.why(math.nan), scaler)
+        found = self.weights.with_gradients()
+        self.weights.follow()
+        held = self.weights.hold(found, keep=changes)
+        at = self.point(found, held, unit_of(scaler)) if changes else None
+        if not (finite(held.gradients, found, held.kind) if at is None else math.isfinite(at.length)):
+            self.skip("last", self.weights.why(math.nan), scaler)
             return
-        values = self.values(found) if changes else found
-        if changes:
-            at = self.point(found, values, gradients, unit_of(scaler))
+        if at is not None:
             if perturbed:
-                pairs = zip(found, gradients, strict=True)
-                combine.combine([clean[p] if p in clean else torch.zeros_like(g) for p, g in pairs], gradients, at)
+                pairs = zip(found, held.gradients, strict=True)
+                before = [clean[p] if p in clean else torch.zeros_like(g) for p, g in pairs]
+                combine.combine(before, held.gradients, at)
             else:
                 combine.without(at)
-        self._step_base(found, gradients, scaler)
+        with self._base_on(found, held.gradients) as base:
+            base.step() if scaler is None else scaler.step(base)
         if changes:
             rates = {
                 p: float(group["lr"]) for group in self.base.param_groups for p in group["params"] if "lr" in group
             }
-            combine.after(values, [rates.get(p, 1.0) for p in found])
-            if self.masters is not None:
-                self.masters.publish(found)
-
-    def _step_base(self, parameters: list[Tensor], gradients: list[Tensor], scaler: Any) -> None:
-        if self.masters is None:
-            self.base.step() if scaler is None else scaler.step(self.base)
-            return
-        with self.masters.in_base(parameters, gradients):
-            self.base.step() if scaler is None else scaler.step(self.base)
-        self.masters.publish(parameters)
+            combine.after(held.values, [rates.get(p, 1.0) for p in found])
+        self.weights.moved(found)
 
     def skip(self, which: str, reason: str, scaler: Any) -> None:
         """Count a step that changes nothing."""
@@ -272,61 +231,52 @@ class Engine:
 
     def tell(self, scaler: Any) -> None:
         """Let the scaler look at the gradients, so that it knows to lower its scale; the base takes no step."""
-        if self.masters is None:
-            scaler.unscale_(self.base)
-            return
-        found = [p for p in self.parameters() if p.grad is not None]
-        with self.masters.in_base(found, self.gradients(found)):
-            scaler.unscale_(self.base)
+        found = self.weights.with_gradients()
+        with self._base_on(found, self.weights.hold(found).gradients) as base:
+            scaler.unscale_(base)
 
-    def why(self, length: float) -> str:
-        """Which gradient it is that is not finite."""
-        for name, p in named(self.base.param_groups):
-            if p.grad is not None and not bool(torch.isfinite(local(dense(p.grad))).all()):
-                kind = "NaN" if bool(torch.isnan(local(dense(p.grad))).any()) else "infinite"
-                return f"the gradient of {name} is {kind}"
-        return f"the norm of the gradients is {length}"
+    def _base_on(
+        self, parameters: list[Tensor], gradients: list[Tensor]
+    ) -> contextlib.AbstractContextManager[torch.optim.Optimizer]:
+        """The base, working on the parameters or on their masters."""
+        masters = self.weights.masters
+        return contextlib.nullcontext(self.base) if masters is None else masters.in_base(parameters, gradients)
 
     def finish(self) -> None:
         """The step is over, however it went."""
         self.restore()
         self.steps += 1
-        if self.masters is not None:
-            self.masters.followed = False
+        if self.weights.masters is not None:
+            self.weights.masters.followed = False
 
     # ----- what a resumed run needs -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be saved besides the state of the base; empty for most."""
         saved: dict[str, Any] = {}
-        index = {p: i for i, p in enumerate(self.parameters())}
+        index = {p: i for i, p in enumerate(self.weights.all())}
         if self.recipe.remembers:
             memory = {name: {index[p]: v for p, v in kept.items()} for name, kept in self._memory.items()}
             saved |= {"steps": self.steps, "when": self.recipe.when.state_dict(), "memory": memory}
-        if self.masters is not None:
-            saved["master"] = self.masters.state_dict(index)
+        if self.weights.masters is not None:
+            saved["master"] = self.weights.masters.state_dict(index)
         return saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` gave, or afresh where a key is missing."""
         self._memory = {}
         self.steps = int(state.get("steps", 0))
-        parameters = self.parameters()
+        parameters = self.weights.all()
         if self.recipe.remembers and "memory" in state:
             self.recipe.when.load_state_dict(state["when"])
             self._memory = {
                 name: {parameters[int(i)]: v.to(parameters[int(i)].device, copy=True) for i, v in kept.items()}
                 for name, kept in state["memory"].items()
             }
-        if self.masters is not None:
-            self.masters.load_state_dict(state.get("master", {}), parameters)
+        if self.weights.masters is not None:
+            self.weights.masters.load_state_dict(state.get("master", {}), parameters)
 
 
 def unit_of(scaler: Any) -> float:
     """What a gradient has to be multiplied by to be the loss's."""
     return 1.0 if scaler is None or not scaler.is_enabled() else 1.0 / float(scaler.get_scale())
-
-
-def _ordinary(tensors: Sequence[Any]) -> bool:
-    """Whether all are dense, real and whole."""
-    return plain(tensors) and all([t.layout is torch.strided and not t.is_complex() for t in tensors])

@@ -70,7 +70,9 @@ class Masters:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
     @contextmanager
-    def in_base(self, parameters: Sequence[Tensor] = (), gradients: Sequence[Tensor] = ()) -> Iterator[None]:
+    def in_base(
+        self, parameters: Sequence[Tensor] = (), gradients: Sequence[Tensor] = ()
+    ) -> Iterator[torch.optim.Optimizer]:
         """Within the block the base's groups and state hold the masters, with these gradients."""
         base, stood_in = self._base, [group["params"] for group in self._base.param_groups]
         back: dict[Tensor, Tensor] = {}
@@ -85,7 +87,7 @@ class Masters:
             if self._master(p) is not p:
                 self._master(p).grad = _like(g, p)
         try:
-            yield
+            yield base
         finally:
             for group, params in zip(base.param_groups, stood_in, strict=True):
                 group["params"] = params

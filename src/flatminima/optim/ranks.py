@@ -23,9 +23,11 @@ class OneProcess:
 
     Attributes:
         defers: whether averaging over the ranks can be put off to a later pass.
+        cuts_gradients: whether ``.grad`` holds a shard of what the backward pass found.
     """
 
     defers = False
+    cuts_gradients = False
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

@@ -27,14 +27,14 @@ from flatminima.vectors import norm
 
 def projected_ascent(engine: Engine, passes: Passes, work: Work) -> tuple[Tensor, float | None]:
     """One step of SA-GD; the loss at the weights and the largest one found, or None where a gradient was not finite."""
-    parameters = engine.parameters()
+    parameters = engine.weights.all()
     rho: dict[Tensor, float] = {}
     for group in engine.base.param_groups:
         check_rho(group["rho"])
         rho.update(dict.fromkeys(group["params"], float(group["rho"])))
-    engine.follow()
+    engine.weights.follow()
     moving = [p for p in parameters if p.requires_grad and (engine.only is None or p in engine.only)]
-    radii, values = [rho[p] for p in moving], engine.values(moving)
+    radii, values = [rho[p] for p in moving], engine.weights.hold(moving, gradients=False).values
     with torch.no_grad():
         offset = [torch.zeros_like(x) for x in values]
     best: tuple[float, list[Tensor | None]] = (-math.inf, [])
@@ -48,10 +48,11 @@ def projected_ascent(engine: Engine, passes: Passes, work: Work) -> tuple[Tensor
             with passes.statistics_kept():
                 loss = passes.run(work, parameters)
             engine.restore()
-        found = [p for p in parameters if p.grad is not None]
-        length, value = norm(engine.gradients(found), found), passes.ranks.mean(loss, parameters)
+        found = engine.weights.with_gradients()
+        gradients = engine.weights.hold(found).gradients
+        length, value = norm(gradients, found), passes.ranks.mean(loss, parameters)
         if not math.isfinite(length) or not math.isfinite(value):
-            reason = engine.why(length) if not math.isfinite(length) else f"the loss is {value}"
+            reason = engine.weights.why(length) if not math.isfinite(length) else f"the loss is {value}"
             engine.skip(f"{i + 1}th", reason, work.scaler)
             return first, None
         if value > best[0]:
@@ -59,7 +60,7 @@ def projected_ascent(engine: Engine, passes: Passes, work: Work) -> tuple[Tensor
         if i == engine.recipe.ascent or length == 0:
             break
         with torch.no_grad():
-            slopes = dict(zip(found, engine.gradients(found), strict=True))
+            slopes = dict(zip(found, gradients, strict=True))
             step = [slopes.get(p, torch.zeros_like(x)) * r for p, x, r in zip(moving, offset, radii, strict=True)]
             size = norm(step, moving)
             if size == 0:

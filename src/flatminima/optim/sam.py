@@ -26,6 +26,7 @@ from flatminima.optim.sagd import projected_ascent
 from flatminima.optim.schedules import Always
 from flatminima.optim.steps import blind, per_batch, together
 from flatminima.optim.variants import Direction, normalisation_parameters, recipe
+from flatminima.optim.weights import Weights
 from flatminima.optim.wrapper import Wrapper, check_momentum
 
 Closures = Callable[[], Tensor] | Sequence[Callable[[], Tensor]]
@@ -106,7 +107,8 @@ class SAM(Wrapper):
         self.variant = variant
         self.maximum: float | None = None
         self._passes = Passes(model, replay_rng)
-        self._engine = Engine(base_optimizer, chosen, only, decay_in_ascent, master, self._passes.ranks.settle)
+        weights = Weights(base_optimizer, master)
+        self._engine = Engine(base_optimizer, chosen, weights, only, decay_in_ascent, self._passes.ranks.settle)
         self._open: tuple[Ascent, dict[Tensor, Tensor]] | None = None
 
     @property
@@ -121,8 +123,8 @@ class SAM(Wrapper):
 
     def master_parameters(self) -> list[Tensor]:
         """What the base optimiser updates, in the order of the groups: average these, not their half-precision shadows."""
-        parameters = self._engine.parameters()
-        return list(parameters) if self._engine.masters is None else self._engine.masters.of(parameters)
+        weights = self._engine.weights
+        return list(weights.all()) if weights.masters is None else weights.masters.of(weights.all())
 
     def step(  # type: ignore[override]
         self, closure: Closures | None = None, *, scaler: Any = None, weights: Sequence[float] | None = None
@@ -187,6 +189,11 @@ class SAM(Wrapper):
         Compute the gradients once more, then call :meth:`descend`; :meth:`restore` gives up instead.
         """
         self._require_at_home("ascend()")
+        if self._engine.recipe.per_batch and self._passes.ranks.cuts_gradients:
+            raise ValueError(
+                "the gradients in .grad of a sharded model are averaged and cut up, while m-sam perturbs each rank by its own: "
+                "call step(closure), which catches them before"
+            )
         engine = self._engine
         info = engine.displace(unit_of(scaler))
         if info.skipped and scaler is not None and scaler.is_enabled():
@@ -237,6 +244,6 @@ class SAM(Wrapper):
     def _load_own_state(self, state: dict[str, Any]) -> None:
         self._engine.load_state_dict(state)
 
-    def _loading(self) -> contextlib.AbstractContextManager[None]:
-        masters = self._engine.masters
+    def _loading(self) -> contextlib.AbstractContextManager[Any]:
+        masters = self._engine.weights.masters
         return contextlib.nullcontext() if masters is None else masters.in_base()

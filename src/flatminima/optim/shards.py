@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from flatminima.optim.closures import Closure, evaluate
 from flatminima.optim.ranks import OneProcess, Through
+from flatminima.optim.weights import Held
 from flatminima.sharding import is_sharded, reshard, sharding_modules
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class FullySharded(OneProcess):
     """A model with modules that ``fully_shard`` was applied to, its root among them."""
 
     defers = True
+    cuts_gradients = True
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
@@ -106,13 +108,9 @@ class FullySharded(OneProcess):
         group_of = {p: group for group in engine.base.param_groups for p in group["params"]}
         wholes = [whole for whole in caught if self._whole[whole] in group_of]
         others = [p for p in parameters if not is_sharded(p) and p.grad is not None]
-        at = engine.point(
-            [*wholes, *others],
-            [*wholes, *others],
-            [*(caught[w] for w in wholes), *(p.grad for p in others if p.grad is not None)],
-            unit,
-            [group_of[self._whole.get(p, p)] for p in (*wholes, *others)],
-        )
+        found = [*(caught[w] for w in wholes), *(p.grad for p in others if p.grad is not None)]
+        groups = [group_of[self._whole.get(p, p)] for p in (*wholes, *others)]
+        at = engine.point([*wholes, *others], Held([*wholes, *others], found, None), unit, groups)
         vectors, scales, _ = engine.direction(at)
         targets: dict[Tensor, Tensor] = {}
         if scales:

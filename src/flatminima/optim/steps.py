@@ -14,7 +14,7 @@ from flatminima.optim.ranks import Accumulation
 
 def together(engine: Engine, passes: Passes, work: Work) -> Tensor:
     """Gradient of all closures, one perturbation, gradient of all closures there."""
-    parameters = engine.parameters()
+    parameters = engine.weights.all()
     passes.remember(parameters)
     loss = passes.run(work, parameters)
     info = engine.displace(unit_of(work.scaler))
@@ -34,7 +34,7 @@ def together(engine: Engine, passes: Passes, work: Work) -> Tensor:
 
 def per_batch(engine: Engine, passes: Passes, work: Work) -> Tensor:
     """Each closure, and each rank, is perturbed by its own gradient; what they find there is averaged."""
-    parameters = engine.parameters()
+    parameters = engine.weights.all()
     accumulation, losses = Accumulation(passes.ranks, parameters), []
     for i, (closure, weight) in enumerate(zip(work.closures, work.weights, strict=True)):
         passes.remember(parameters)
@@ -50,14 +50,14 @@ def per_batch(engine: Engine, passes: Passes, work: Work) -> Tensor:
 
 def blind(engine: Engine, passes: Passes, work: Work) -> Tensor:
     """Perturbations that need no gradient at the weights: one evaluation for each draw."""
-    parameters, draws = engine.parameters(), engine.recipe.draws
-    passes.remember(parameters)
+    parameters, draws = engine.weights.all(), engine.recipe.draws
     if draws == 1:
         engine.displace(unit_of(work.scaler)).close()
         loss = passes.run(work, parameters)
         engine.restore()
         engine.update(True, {}, work.scaler)
         return loss
+    passes.remember(parameters)
     weights = [weight / draws for weight in work.weights]
     accumulation, losses = Accumulation(passes.ranks, parameters), []
     for draw in range(draws):

@@ -92,7 +92,7 @@ class Wrapper(torch.optim.Optimizer):
     def _load_own_state(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`_own_state` gave, or nothing."""
 
-    def _loading(self) -> contextlib.AbstractContextManager[None]:
+    def _loading(self) -> contextlib.AbstractContextManager[Any]:
         """What the base's loading happens in."""
         return contextlib.nullcontext()
 
