@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from flatminima import SAM
 from flatminima.optim import VARIANTS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     torch.manual_seed(0)
@@ -364,8 +366,9 @@ def test_a_perturbation_that_rounds_away_is_reported() -> None:
     w = nn.Parameter((torch.randn(200_000, generator=generator) * 0.03).bfloat16())
     target = torch.randn(200_000, generator=generator).bfloat16()
     opt = SAM(torch.optim.SGD([w], lr=0.0), rho=0.01)
-    with pytest.warns(UserWarning, match=r"rounded away in torch.bfloat16: realised radius .*cosine"):
+    with pytest.warns(UserWarning, match=r"rounded away in torch.bfloat16: realised radius .*cosine") as warned:
         opt.step(lambda: (w * target).sum())
+    assert warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.step(lambda: (w * target).sum())

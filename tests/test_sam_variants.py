@@ -17,6 +17,8 @@ from flatminima.optim.combine import SurrogateGap
 from flatminima.optim.directions import Adaptive
 from flatminima.optim.schedules import Every
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS, LR, RHO = 25, 0.2, 0.3
 Vectors = list[Tensor]
 Gradient = Callable[[Vectors], Vectors]

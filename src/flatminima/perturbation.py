@@ -45,7 +45,6 @@ class Perturbation:
         self._places: Any = None
         self._flat: Tensor | None = None
         self._views: list[Tensor] = []
-        self._pieces: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, object]:
         """Nothing: buffers are made anew, and what is displaced stays with the original."""
@@ -108,10 +107,12 @@ class Perturbation:
                 for factor in dict.fromkeys(scales):
                     chosen = [i for i, s in enumerate(scales) if s == factor]
                     torch._foreach_add_([targets[i] for i in chosen], [directions[i] for i in chosen], alpha=factor)
+        # Within one autocast block a pass would find the weights of the pass before, cast and kept.
+        torch.clear_autocast_cache()
 
     def _require_buffers(self, targets: list[Tensor]) -> None:
-        # The flat buffer saves and restores memory, through views that keep it alive: address and size say all. Comparing
-        # shapes as well would cost as much as the copy of a small network.
+        # The flat buffer saves memory, through views that keep it alive: address and size say all. Comparing shapes as well
+        # would cost as much as the copy of a small network.
         places: Any = [t.data_ptr() for t in targets], [t.numel() for t in targets]
         if self._flat is None:
             places = places, [(t.dtype, t.shape, t.stride()) for t in targets]
@@ -129,8 +130,7 @@ class Perturbation:
         if _packable(targets):
             self._flat = torch.empty(sum(sizes), dtype=targets[0].dtype, device=targets[0].device)
             self._views = [t.detach().view(-1) for t in targets]
-            self._pieces = list(self._flat.split(sizes))
-            self._clean = [piece.view(t.shape) for piece, t in zip(self._pieces, targets, strict=True)]
+            self._clean = [piece.view(t.shape) for piece, t in zip(self._flat.split(sizes), targets, strict=True)]
         else:
             self._clean = [torch.empty_like(t, requires_grad=False) for t in targets]
             self._places = self._places, [(t.dtype, t.shape, t.stride()) for t in targets]
@@ -139,11 +139,9 @@ class Perturbation:
         """Copy the clean values back; nothing happens when nothing is displaced."""
         if self._moved:
             with torch.inference_mode():
-                if self._flat is not None:
-                    torch._foreach_copy_(self._views, self._pieces)
-                else:
-                    torch._foreach_copy_(self._moved, self._clean)
+                torch._foreach_copy_(self._moved, self._clean)
             self._moved = []
+            torch.clear_autocast_cache()
 
     @torch.no_grad()
     def realised(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,11 @@ class Work:
             if not all(math.isfinite(w) and w >= 0 for w in shares) or sum(shares) == 0:
                 raise ValueError(f"weights of closures must be finite, >= 0 and not all zero, got {list(weights)}")
         return cls(closures, shares, scaler if scaler is not None and scaler.is_enabled() else None)
+
+
+def outside_inference_mode() -> contextlib.AbstractContextManager[Any]:
+    """Where a step has to happen: what is made in inference mode, such as momentum, can be written to nowhere else."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
 def evaluate(

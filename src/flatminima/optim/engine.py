@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from flatminima.optim.weights import Held, Weights
 from flatminima.optim.wrapper import check_rho
 from flatminima.perturbation import Perturbation
 from flatminima.vectors import finite, norm
+
+_INSIDE = ("flatminima.", "torch.", "contextlib")
 
 
 class Engine:
@@ -75,6 +78,10 @@ class Engine:
             verdict = self._decide(unit)
             if verdict is not None:
                 return verdict
+            if not members and self.steps == 0 and self.only is None:
+                _warn(
+                    "none of the optimiser's parameters has a gradient in its first step: the loss does not depend on them"
+                )
             held = self.weights.hold(members, gradients=self.recipe.direction.needs_gradient)
             at = self.point(members, held, unit, groups, draw)
             vectors, scales, length = self.direction(at)
@@ -132,7 +139,7 @@ class Engine:
             parameters,
             held.values,
             held.gradients,
-            [group["rho"] for group in groups],
+            [float(group["rho"]) for group in groups],
             [float(group.get("weight_decay", 0.0)) for group in groups] if self._decay_in_ascent else [],
             unit,
             self.steps,
@@ -179,11 +186,10 @@ class Engine:
             return
         if info.cosine < 0.9:
             self._warned = True
-            warnings.warn(
+            _warn(
                 f"the perturbation is mostly rounded away in {at.values[0].dtype}: realised radius {info.radius:.3g}, cosine "
                 f"with the intended direction {info.cosine:.2f}. Give master=True, keep float32 weights and use autocast, or "
-                "raise rho.",
-                stacklevel=6,
+                "raise rho."
             )
 
     # ----- the update -------------------------------------------------------------------------------------------------
@@ -246,6 +252,7 @@ class Engine:
         """The step is over, however it went."""
         self.restore()
         self.steps += 1
+        torch.clear_autocast_cache()  # the base changed the weights
         if self.weights.masters is not None:
             self.weights.masters.followed = False
 
@@ -275,6 +282,14 @@ class Engine:
             }
         if self.weights.masters is not None:
             self.weights.masters.load_state_dict(state.get("master", {}), parameters)
+
+
+def _warn(message: str) -> None:
+    """Warn, pointing at the line of the user's that called the optimiser."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def unit_of(scaler: Any) -> float:

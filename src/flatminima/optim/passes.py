@@ -33,10 +33,8 @@ class Passes:
     def remember(self, parameters: Sequence[Tensor]) -> None:
         """Note the state of the random number generators before a first pass."""
         if self.replay_rng:
-            devices = (
-                set() if all(map(_ON_CPU, parameters)) else {p.device for p in parameters if p.device.type != "cpu"}
-            )
-            states = {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
+            devices = set() if all(map(_ON_CPU, parameters)) else {p.device for p in parameters}
+            states = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type not in ("cpu", "meta")}
             self._random = (torch.get_rng_state(), states)
 
     def replay(self) -> None:

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.optim.ascent import Ascent
-from flatminima.optim.closures import Work
+from flatminima.optim.closures import Work, outside_inference_mode
 from flatminima.optim.combine import Perturbed
 from flatminima.optim.engine import Engine, unit_of
 from flatminima.optim.passes import Passes
 from flatminima.optim.sagd import projected_ascent
 from flatminima.optim.schedules import Always
 from flatminima.optim.steps import blind, per_batch, together
-from flatminima.optim.variants import Direction, normalisation_parameters, recipe
+from flatminima.optim.variants import Direction, check_fit, normalisation_parameters, recipe
 from flatminima.optim.weights import Weights
-from flatminima.optim.wrapper import Wrapper, check_momentum
+from flatminima.optim.wrapper import Wrapper
 
 Closures = Callable[[], Tensor] | Sequence[Callable[[], Tensor]]
 
@@ -61,8 +61,8 @@ class SAM(Wrapper):
 
     Raises:
         TypeError: ``base_optimizer`` is not an optimiser instance or evaluates the loss itself (LBFGS); an unknown option.
-        ValueError: a radius that is negative or not finite, a base with a hyperparameter of that name, an unknown variant,
-            parameters without storage (``meta``).
+        ValueError: a radius that is negative or not finite, a base with a hyperparameter of that name or one that maximises, an
+            unknown variant, parts that do not fit together or do not fit the base.
 
     A zero gradient leaves the weights where they are for the second pass. A NaN or infinite gradient, in
     either pass, skips the update, is counted in :attr:`skipped` and named in :attr:`skip_reason`. The weights are restored
@@ -101,8 +101,7 @@ class SAM(Wrapper):
             if model is None:
                 raise ValueError("sam-on moves the normalisation layers alone and has to know them: give model=")
             only = frozenset(normalisation_parameters(model))
-        if chosen.direction.remembers_in_base:
-            check_momentum(base_optimizer)
+        check_fit(base_optimizer, chosen)
         super().__init__(base_optimizer, rho)
         self.variant = variant
         self.maximum: float | None = None
@@ -147,11 +146,10 @@ class SAM(Wrapper):
             RuntimeError: :meth:`ascend` was called without :meth:`descend`, or inside of :meth:`perturbed` or of another step.
         """
         work = Work.checked(closure, weights, scaler)
-        self._require_at_home("step()")
+        self._require_at_home("step() was called")
         engine, passes = self._engine, self._passes
         try:
-            # Buffers and state made in inference mode could not be written to outside of it.
-            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+            with outside_inference_mode():
                 if engine.recipe.ascent:
                     loss, self.maximum = projected_ascent(engine, passes, work)
                     return loss
@@ -173,7 +171,7 @@ class SAM(Wrapper):
 
         Nothing moves when the norm is zero or not finite. Leaving the block restores every weight bit for bit.
         """
-        self._require_at_home("perturbed()")
+        self._require_at_home("perturbed() was called")
         try:
             yield self._engine.displace()
         finally:
@@ -188,17 +186,18 @@ class SAM(Wrapper):
 
         Compute the gradients once more, then call :meth:`descend`; :meth:`restore` gives up instead.
         """
-        self._require_at_home("ascend()")
+        self._require_at_home("ascend() was called")
         if self._engine.recipe.per_batch and self._passes.ranks.cuts_gradients:
             raise ValueError(
                 "the gradients in .grad of a sharded model are averaged and cut up, while m-sam perturbs each rank by its own: "
                 "call step(closure), which catches them before"
             )
         engine = self._engine
-        info = engine.displace(unit_of(scaler))
-        if info.skipped and scaler is not None and scaler.is_enabled():
-            engine.tell(scaler)
-        clean = engine.clean_gradients() if info.moved and engine.recipe.combine.needs_clean else {}
+        with outside_inference_mode():
+            info = engine.displace(unit_of(scaler))
+            if info.skipped and scaler is not None and scaler.is_enabled():
+                engine.tell(scaler)
+            clean = engine.clean_gradients() if info.moved and engine.recipe.combine.needs_clean else {}
         self._open = (info, clean)
         if zero_grad:
             self.zero_grad(set_to_none=True)
@@ -214,10 +213,12 @@ class SAM(Wrapper):
         info, clean = self._open
         self.restore()
         try:
-            if info.skipped:
-                self._engine.skip("first", info.skipped, None)
-            else:
-                self._engine.update(info.moved, clean, scaler if scaler is not None and scaler.is_enabled() else None)
+            with outside_inference_mode():
+                if info.skipped:
+                    self._engine.skip("first", info.skipped, None)
+                else:
+                    enabled = scaler is not None and scaler.is_enabled()
+                    self._engine.update(info.moved, clean, scaler if enabled else None)
         finally:
             self._engine.finish()
             self._opt_called = True  # what schedulers look for before they warn
@@ -234,9 +235,14 @@ class SAM(Wrapper):
     def _require_at_home(self, what: str) -> None:
         if self._open is not None or self._engine.perturbation.active:
             raise RuntimeError(
-                f"{what} was called while the weights are displaced: call descend() or restore() after ascend(), leave the "
+                f"{what} while the weights are displaced: call descend() or restore() after ascend(), leave the "
                 "perturbed() block, and let step() end first"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of; not of weights that are displaced, which the copy could not bring back."""
+        self._require_at_home("copying or pickling the optimiser")
+        return super().__getstate__()
 
     def _own_state(self) -> dict[str, Any]:
         return self._engine.state_dict()

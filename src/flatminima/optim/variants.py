@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flatminima.names import unknown
@@ -178,3 +179,23 @@ def normalisation_parameters(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         if isinstance(module, kinds) or "Norm" in type(module).__name__:
             yield from module.parameters(recurse=False)
+
+
+def check_fit(base: Any, chosen: Recipe) -> None:
+    """Refuse a base that cannot do what the variant needs of it.
+
+    Raises:
+        ValueError: no momentum where the variant looks along it; only sparse gradients where it makes dense ones.
+    """
+    kind = type(base).__name__
+    if chosen.direction.remembers_in_base:
+        for group in getattr(base, "param_groups", []):
+            if not (group.get("momentum") or "betas" in group):
+                raise ValueError(
+                    f"msam follows the momentum of the base optimiser and {kind} has none: set momentum=0.9, say"
+                )
+    if isinstance(base, torch.optim.SparseAdam) and type(chosen.combine) is not Perturbed:
+        raise ValueError(
+            f"{kind} takes sparse gradients only, and {type(chosen.combine).__name__} combines two into dense ones: "
+            "wrap SGD or Adagrad, or use a variant that steps along one gradient"
+        )

@@ -61,8 +61,12 @@ class Weights:
         """
         found: list[Any] = [p.grad for p in parameters] if gradients else []
         held = parameters if self.masters is None else self.masters.of(parameters)
-        if not self._kind.of(held):
-            self._kind = Kind(held)  # else they are those of the step before, as nearly always
+        if not self._kind.of(held):  # they nearly always are those of the step before
+            if any(p.is_meta for p in held):
+                raise ValueError(
+                    "parameters on the meta device have no values: materialise the model before the first step"
+                )
+            self._kind = Kind(held)
         kind = self._kind if self._kind.ordinary else None
         if kind is None or not all([g.layout is torch.strided for g in found]):
             for i, g in enumerate(found):

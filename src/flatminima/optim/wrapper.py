@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -60,8 +61,9 @@ class Wrapper(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its ``rho`` is this optimiser's unless it brings one."""
-        if isinstance(param_group, dict) and "rho" in param_group:
-            check_rho(param_group["rho"])
+        if isinstance(param_group, dict):
+            check_rho(param_group.get("rho", 0.0))
+            check_minimises(param_group)
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,8 +117,18 @@ def named(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
 
 def check_rho(rho: Any) -> None:
     """Refuse what is no radius."""
-    if isinstance(rho, bool) or not isinstance(rho, int | float) or not (math.isfinite(rho) and rho >= 0):
+    if isinstance(rho, bool) or not isinstance(rho, Real):
+        raise ValueError(f"rho is the radius of a ball and must be a number, got {rho!r} ({type(rho).__name__})")
+    if not (math.isfinite(rho) and float(rho) >= 0):
         raise ValueError(f"rho is the radius of a ball and must be finite and >= 0, got {rho}")
+
+
+def check_minimises(group: dict[str, Any]) -> None:
+    """Refuse a group that climbs: the worst point nearby would be the lowest."""
+    if group.get("maximize"):
+        raise ValueError(
+            "the base has maximize=True, and the perturbation looks for a larger loss: minimise the negative instead"
+        )
 
 
 def _check_base(base: Any) -> None:
@@ -130,18 +142,11 @@ def _check_base(base: Any) -> None:
             f"{name} already has a hyperparameter named rho: either a SAM wraps it already, "
             "then build a fresh optimiser, or it means something else by it, as Adadelta does, then wrap another kind"
         )
+    for group in base.param_groups:
+        check_minimises(group)
     closure = inspect.signature(type(base).step).parameters.get("closure")
     if isinstance(base, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
         raise TypeError(
             f"{name} evaluates the loss itself, as often as it likes, so that no single gradient is left to replace: "
             "wrap an optimiser whose step() needs no closure, such as SGD or AdamW"
         )
-
-
-def check_momentum(base: Any) -> None:
-    """Refuse a base without momentum, where the variant looks along it."""
-    for group in getattr(base, "param_groups", []):
-        if not (group.get("momentum") or "betas" in group):
-            raise ValueError(
-                f"msam follows the momentum of the base optimiser and {type(base).__name__} has none: set momentum=0.9, say"
-            )
