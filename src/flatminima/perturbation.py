@@ -11,7 +11,6 @@ import math
 import operator
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +41,8 @@ class Perturbation:
         self._moved: list[Tensor] = []
         self._clean: list[Tensor] = []
         self._known: list[Tensor] = []
-        self._places: Any = None
+        self._places: list[int] = []
+        self._shapes: list[torch.Size] = []
         self._flat: Tensor | None = None
         self._views: list[Tensor] = []
 
@@ -70,8 +70,8 @@ class Perturbation:
 
         Args:
             tensors: what to move; the storage stays the same.
-            directions: one per tensor, of its shape (any floating dtype; the sum is rounded once). A sequence that makes its
-                items when they are asked for is asked once for each, in order, after the clean values are safe.
+            directions: one per tensor, of its shape (any floating dtype; the sum is rounded once). A sequence with a method
+                ``add_to(i, tensor, factor)`` adds its items itself, in order, after the clean values are safe.
             scale: one factor, or one per tensor.
 
         Raises:
@@ -80,9 +80,7 @@ class Perturbation:
         """
         if self._moved:
             raise RuntimeError("these tensors are already displaced: call restore() before the next move")
-        scales = [float(scale)] if isinstance(scale, int | float) else list(scale)
-        if len(scales) == 1 and len(tensors) != 1:
-            scales *= len(tensors)
+        scales = list(scale) if isinstance(scale, Sequence) else [float(scale)] * len(tensors)
         if not len(tensors) == len(directions) == len(scales):
             raise ValueError(
                 f"got {len(tensors)} tensors, {len(directions)} directions and {len(scales)} scales; expected equal"
@@ -98,9 +96,9 @@ class Perturbation:
             else:
                 torch._foreach_copy_(self._clean, targets)
             self._moved = targets
-            if not isinstance(directions, list | tuple):
-                for target, direction, factor in zip(targets, directions, scales, strict=True):
-                    target.add_(direction, alpha=factor)
+            if hasattr(directions, "add_to"):
+                for i, (target, factor) in enumerate(zip(targets, scales, strict=True)):
+                    directions.add_to(i, target, factor)
             elif len(set(scales)) == 1:
                 torch._foreach_add_(targets, list(directions), alpha=scales[0])
             else:
@@ -111,29 +109,24 @@ class Perturbation:
         torch.clear_autocast_cache()
 
     def _require_buffers(self, targets: list[Tensor]) -> None:
-        # The flat buffer saves memory, through views that keep it alive: address and size say all. Comparing shapes as well
-        # would cost as much as the copy of a small network.
-        places: Any = [t.data_ptr() for t in targets], [t.numel() for t in targets]
-        if self._flat is None:
-            places = places, [(t.dtype, t.shape, t.stride()) for t in targets]
         known = len(targets) == len(self._known) and all(map(operator.is_, targets, self._known))
-        if not (known and places == self._places):
+        if not (
+            known and [t.data_ptr() for t in targets] == self._places and [t.shape for t in targets] == self._shapes
+        ):
             with torch.inference_mode(False), torch.no_grad():
                 self._prepare(targets)
 
     def _prepare(self, targets: list[Tensor]) -> None:
         """Allocate for targets that are not those of the last move."""
         self._forget()
-        self._known = targets
-        sizes = [t.numel() for t in targets]
-        self._places = [t.data_ptr() for t in targets], sizes
+        self._known, self._places, self._shapes = targets, [t.data_ptr() for t in targets], [t.shape for t in targets]
         if _packable(targets):
+            sizes = [t.numel() for t in targets]
             self._flat = torch.empty(sum(sizes), dtype=targets[0].dtype, device=targets[0].device)
             self._views = [t.detach().view(-1) for t in targets]
             self._clean = [piece.view(t.shape) for piece, t in zip(self._flat.split(sizes), targets, strict=True)]
         else:
             self._clean = [torch.empty_like(t, requires_grad=False) for t in targets]
-            self._places = self._places, [(t.dtype, t.shape, t.stride()) for t in targets]
 
     def restore(self) -> None:
         """Copy the clean values back; nothing happens when nothing is displaced."""

@@ -177,6 +177,13 @@ class Scaled(Sequence[Tensor]):
         """One after the other."""
         return (self[i] for i in range(len(self)))
 
+    def add_to(self, i: int, tensor: Tensor, factor: float) -> None:
+        """``tensor += factor * vector i``."""
+        if i in self.later:
+            tensor.addcmul_(self._scale(i).square_(), self._gradients[i], value=factor)
+        else:
+            tensor.add_(self._ready[i], alpha=factor)
+
     def over(self, values: Sequence[Tensor]) -> Scaled:
         """The same vectors, when the weights they were made from lie elsewhere now."""
         self._values = values
