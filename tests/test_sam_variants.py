@@ -524,6 +524,14 @@ def test_policies_compose() -> None:
     agree(found, w)
 
 
+def test_sam_on_needs_normalisation_layers_that_the_optimiser_has() -> None:
+    plain, normed = net(), net(norm_layer=True)
+    for base, model in ((sgd(plain), plain), (sgd(plain), normed)):
+        with pytest.raises(ValueError, match=r"in the given Sequential the optimiser has no parameter"):
+            SAM(base, variant="sam-on", model=model)
+        assert "rho" not in base.param_groups[0]
+
+
 def test_an_unknown_variant_is_answered_with_the_nearest() -> None:
     base = sgd(net())
     with pytest.raises(ValueError, match=r"unknown variant 'gsma': expected one of gsam"):

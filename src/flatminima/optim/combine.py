@@ -99,7 +99,7 @@ class Reuse(Perturbed):
     A SAM step keeps the unit vector :math:`u` along the part of :math:`g_\epsilon` orthogonal to :math:`g`; the steps between
     go along :math:`g + \alpha \lVert g \rVert u`. Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization"
     (2022).
-    Memory: one more copy of the parameters, kept between steps and saved, and one of the gradient.
+    Memory: one more copy of the parameters, kept between steps and saved, another while it is renewed, and one of the gradient.
     """
 
     needs_clean = True
@@ -114,7 +114,7 @@ class Reuse(Perturbed):
         """Keep the direction; ``there`` stays."""
         square = at.dot(clean, clean)
         along = at.dot(clean, there) / square if square > 0 else 0.0
-        across = list(torch._foreach_sub(there, torch._foreach_mul(list(clean), along)))
+        across = list(torch._foreach_sub(there, list(clean), alpha=along))
         size = at.norm(across)
         if size > 0 and math.isfinite(size):
             torch._foreach_div_(across, size)

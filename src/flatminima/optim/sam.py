@@ -96,12 +96,8 @@ class SAM(Wrapper):
         parts = {"direction": direction, "when": when, "combine": combine}
         given: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
         chosen = dataclasses.replace(recipe(variant, options), **given)
-        only: frozenset[Tensor] | None = None
-        if chosen.normalisation_only:
-            if model is None:
-                raise ValueError("sam-on moves the normalisation layers alone and has to know them: give model=")
-            only = frozenset(normalisation_parameters(model))
-        check_fit(base_optimizer, chosen)
+        check_fit(base_optimizer, chosen, model)
+        only = frozenset(normalisation_parameters(model)) if chosen.normalisation_only and model is not None else None
         super().__init__(base_optimizer, rho)
         self.variant = variant
         self.maximum: float | None = None
