@@ -66,7 +66,7 @@ def test_parameters_of_every_kind() -> None:
         go_on(model, averages, 1, step)
         with torch.no_grad():
             for total, p in zip(exact, model.parameters(), strict=True):
-                total.add_(p / 6)
+                total.add_(p.to(total.dtype) / 6)
     for mean, total in zip(averages["SWA"].tensors(), exact, strict=True):
         torch.testing.assert_close(mean.to(total.dtype), total, rtol=1e-6, atol=1e-6)
     averages["SWA"].copy_to(model)
