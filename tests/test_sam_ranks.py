@@ -254,3 +254,11 @@ def test_what_one_rank_does_alone_leaves_no_trace(found: list[Any]) -> None:
         odd = found[rank][1]["odd moments"]
         assert len(odd) == 8
         assert all(odd.values()), odd
+
+
+def test_the_older_way_of_sharding_is_refused_by_name() -> None:
+    class FullyShardedDataParallel(nn.Module):
+        """Stands for torch's, which needs a process group to be made."""
+
+    with pytest.raises(TypeError, match=r"fully_shard \(FSDP2\) instead"):
+        sam(Net(), "sam", nn.Sequential(FullyShardedDataParallel()))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flatminima.optim.engine import Engine
 
 Through = Callable[[Tensor, Tensor], Tensor]
+Look = tuple[Tensor, contextlib.AbstractContextManager[None]]
 
 
 class OneProcess:
@@ -47,7 +48,7 @@ class OneProcess:
         """The tensors in whose ``.grad`` autograd accumulates."""
         return parameters
 
-    def look(self, engine: Engine, closure: Closure, parameters: list[Tensor], unit: float, scaler: Any) -> Any:
+    def look(self, engine: Engine, closure: Closure, parameters: list[Tensor], unit: float, scaler: Any) -> Look:
         """Evaluate alone; the loss, and the block in which the weights are displaced by what was found."""
         with self.alone():
             loss = evaluate(closure, parameters, scaler)
@@ -148,7 +149,16 @@ class Accumulation:
 
 
 def ranks_of(model: nn.Module | None) -> OneProcess:
-    """How the model's processes train together."""
+    """How the model's processes train together.
+
+    Raises:
+        TypeError: ``FullyShardedDataParallel``, whose gradients under ``no_sync`` are of another shape than its parameters.
+    """
+    if model is not None and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise TypeError(
+            "FullyShardedDataParallel (FSDP1) hides which part of a parameter a rank holds: shard the model with "
+            "torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
     if model is not None and sharding_modules(model):
         from flatminima.optim.shards import FullySharded
 

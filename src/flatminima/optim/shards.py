@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flatminima.optim.closures import Closure, evaluate
-from flatminima.optim.ranks import OneProcess, Through
+from flatminima.optim.ranks import Look, OneProcess, Through
 from flatminima.optim.weights import Held
 from flatminima.sharding import is_sharded, reshard, sharding_modules
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flatminima.optim.engine import Engine
 
 Visit = Callable[[Tensor, Tensor], None]
+Place = tuple[nn.Module, str, Tensor]  # the module that owns a parameter, its name there, its shard
 _UNNOTICED: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
 
 
@@ -39,9 +40,7 @@ class FullySharded(OneProcess):
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
-        self._own: dict[
-            nn.Module, list[tuple[nn.Module, str, Tensor]]
-        ] = {}  # what each module gathers: owner, name, shard
+        self._own: dict[nn.Module, list[Place]] = {}  # what each module gathers
         self._whole: dict[Tensor, Tensor] = {}  # from whole parameters to shards, as far as they were met
 
     @contextlib.contextmanager
@@ -81,7 +80,7 @@ class FullySharded(OneProcess):
         """The shards were moved: forget gathered copies of them."""
         reshard(self._model)
 
-    def look(self, engine: Engine, closure: Closure, parameters: list[Tensor], unit: float, scaler: Any) -> Any:
+    def look(self, engine: Engine, closure: Closure, parameters: list[Tensor], unit: float, scaler: Any) -> Look:
         """Evaluate alone; the loss, and the block in which the whole parameters are displaced by what was found."""
         caught: dict[Tensor, Tensor] = {}
 

@@ -199,10 +199,16 @@ def check_fit(base: Any, chosen: Recipe, model: nn.Module | None) -> None:
             f"{kind} takes sparse gradients only, and {type(chosen.combine).__name__} combines two into dense ones: "
             "wrap SGD or Adagrad, or use a variant that steps along one gradient"
         )
-    if chosen.per_batch and model is None and any(map(is_sharded, parameters)):
-        raise ValueError(
-            "m-sam catches each rank's own gradient where a sharded model gathers its weights: give model="
-        )
+    if chosen.per_batch and any(map(is_sharded, parameters)):
+        if model is None:
+            raise ValueError(
+                "m-sam catches each rank's own gradient where a sharded model gathers its weights: give model="
+            )
+        if chosen.direction.remembers:
+            raise ValueError(
+                f"{type(chosen.direction).__name__} keeps something of every gradient, and those that m-sam catches of a "
+                "sharded model are whole: no rank can keep that. Use another direction, or variant friendly-sam"
+            )
     if chosen.normalisation_only:
         if model is None:
             raise ValueError("sam-on moves the normalisation layers alone and has to know them: give model=")
