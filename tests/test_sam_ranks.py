@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatminima import SAM
-from flatminima.optim.directions import Adaptive
+from flatminima.optim import BSAM
+from flatminima.optim.directions import Adaptive, Friendly
 from ranks_fixture import on_two_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
@@ -197,11 +198,17 @@ def odd_moments(rank: int) -> dict[str, bool]:
         again = model(x)
     kept["an evaluation sees the perturbation"] = not torch.allclose(there, clean, atol=1e-3)
     kept["and the way back"] = torch.equal(again, clean)
-    try:
-        opt.ascend()
-        kept["halves are refused"] = False
-    except ValueError as error:
-        kept["halves are refused"] = "step(closure)" in str(error)
+    for name, call, words in (
+        ("halves", opt.ascend, "step(closure)"),
+        ("m-sam without the model", lambda: sam(model, "m-sam", None), "give model="),
+        ("a memory of whole gradients", lambda: sam(model, "m-sam", model, direction=Friendly()), "no rank can keep"),
+        ("bsam", lambda: BSAM(model.parameters(), rows=10), "sharded"),
+    ):
+        try:
+            call()
+            kept[name] = False
+        except ValueError as error:
+            kept[name] = words in str(error)
     return kept
 
 
@@ -252,7 +259,7 @@ def test_any_direction_is_taken_by_each_rank_of_a_sharded_model(found: list[Any]
 def test_what_one_rank_does_alone_leaves_no_trace(found: list[Any]) -> None:
     for rank in range(2):
         odd = found[rank][1]["odd moments"]
-        assert len(odd) == 8
+        assert len(odd) == 11
         assert all(odd.values()), odd
 
 
