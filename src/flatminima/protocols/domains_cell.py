@@ -81,10 +81,13 @@ def run_cell(cell: Cell, report: Callable[[float], None] = lambda fraction: None
     record: dict[str, Any] = {
         "algorithm": cell.algorithm, "target": cell.target, "seed": cell.seed, "draw": cell.draw, "hyperparameters": values,
         "fingerprint": fingerprint(model, [*sources, target]), "failure": None, "methods": {}, "flatness": {}, "plane": None,
+        "oracle_curve": [],
     }  # fmt: skip
 
     def target_accuracy() -> float:
-        return score(model, target.images, target.held_out, view)[1]
+        accuracy = score(model, target.images, target.held_out, view)[1]
+        record["oracle_curve"].append(accuracy)
+        return accuracy
 
     readers = make_readers(settings, model, target_accuracy)
     corners: list[Tensor] = []
@@ -241,8 +244,8 @@ def _read_off(
             loss, accuracy = score(model, target.images, target.kept, view)
             found["methods"][name] = {
                 "target_accuracy": accuracy, "target_loss": loss, "validation_accuracy": evaluation.accuracy,
-                "validation_loss": evaluation.loss, "norm": norm(list(model.parameters())), "weights": digest(model),
-                **reader.facts(),
+                "validation_loss": evaluation.loss, "norm": norm([p.detach() for p in model.parameters()]),
+                "weights": digest(model), **reader.facts(),
             }  # fmt: skip
             if probes is not None and settings.pairs and name in FLATNESS:
                 found["flatness"][name] = probes.flatness(seed)
@@ -297,7 +300,8 @@ class _Probes:
 
     def plane(self, corners: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """The loss over the plane of three iterates, with the methods projected on it."""
-        others = {name: self._points[name] for name in ("selected", "tail", "swad") if name in self._points}
+        shown = ("selected", "tail", "swad")
+        others = {name: point for name, point in self._points.items() if name in shown}
         try:
             return {
                 name: asdict(loss_plane(self._objective(name), corners, others=others, resolution=self._settings.plane))

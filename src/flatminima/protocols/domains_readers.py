@@ -194,6 +194,7 @@ class Valley(Reader):
         result = self._swad.finalize()
         found: dict[str, Any] = {name: getattr(result, name) for name in self._FIELDS}
         found["notes"] = list(result.notes)
+        found["votes"] = None if result.votes is None else [list(vote) for vote in result.votes]
         found["evaluations"] = len(self._seen)
         losses, start = dict(self._seen), self._swad.status.start_step
         found["final_ratio"] = None if start is None else self._seen[-1][1] / losses[start]

@@ -204,7 +204,7 @@ def _scratch(data: str) -> dict[str, Any]:
         return {"model": "mnist-cnn", "model_options": {"width": 16}, "pool": 2, "steps": 400, "every": 10, "batch": 32}
     return {
         "model": "resnet-gn", "model_options": {"width": 16, "stem_stride": 2}, "size": 64, "augment": True, "batch": 32,
-        "steps": 1200, "every": 25, "flatness_rows": 240,
+        "steps": 1000, "every": 25, "flatness_rows": 240,
     }  # fmt: skip
 
 
