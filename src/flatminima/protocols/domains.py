@@ -14,6 +14,7 @@ from flatminima.names import unknown
 from flatminima.protocols.domains_algorithms import ALGORITHMS, split_model
 from flatminima.protocols.domains_cell import Cell, build, run_cell
 from flatminima.protocols.domains_settings import DomainSettings
+from flatminima.protocols.domains_summary import summarise
 from flatminima.protocols.domains_views import View, divided, domain_data, without
 from flatminima.study.settings import SettingsError
 from flatminima.study.store import ResultStore
@@ -85,15 +86,49 @@ def open_store(settings: DomainSettings, directory: Path) -> ResultStore:
     return ResultStore(directory, {"experiment": "swad", **settings.to_dict()})
 
 
-def run_cells(
+def reproduce_swad(
     tasks: Mapping[str, Cell],
-    store: ResultStore,
+    directory: Path,
     *,
     workers: int | None = None,
     ray: str | None = None,
+    run: bool = True,
+    command: str = "flatminima reproduce swad",
+    beside: Sequence[Mapping[str, Any]] = (),
     progress: Callable[[str, float], None] = lambda name, fraction: None,
-) -> dict[str, dict[str, Any]]:
-    """Do what the store lacks, on this machine or on a cluster; see :func:`~flatminima.study.tasks.run_tasks`."""
-    accelerated = any(cell.settings.device != "cpu" for cell in tasks.values())
-    resources = {"num_gpus": 1.0} if accelerated else None
-    return run_tasks(run_cell, tasks, store, workers=workers, ray=ray, resources=resources, progress=progress)
+) -> dict[str, Any]:
+    """Run an experiment, or what is left of it, and return its results.
+
+    ``directory`` then holds ``runs/``, one record per training; what is there is not done again. The results do not depend on
+    ``workers``, on ``ray`` or on interruptions, apart from the times.
+
+    Args:
+        tasks: of :func:`cells`.
+        directory: where to.
+        workers, ray: where to run; see :func:`~flatminima.study.runner.run_jobs`.
+        run: ``False`` only puts together what is there, and says what is missing.
+        command: recorded in the results.
+        beside: results of other data sets, for the sign-flip test over all of them.
+        progress: called with a training's name and the fraction of it that is done.
+
+    Raises:
+        StoreError: the directory holds something else.
+        SettingsError: nothing is there, and ``run`` is off.
+
+    Example (worker processes import the calling script, so it needs its ``__main__`` guard)::
+
+        if __name__ == "__main__":
+            results = reproduce_swad(cells(preset("rotated-mnist"), ["45"], seeds=1), Path("runs/try"))
+    """
+    settings = next(iter(tasks.values())).settings
+    store = open_store(settings, directory)
+    if run:
+        accelerated = settings.device != "cpu"
+        run_tasks(
+            run_cell, tasks, store, workers=workers, ray=ray, resources={"num_gpus": 1.0} if accelerated else None,
+            progress=progress,
+        )  # fmt: skip
+    records = {name: record for name in tasks if (record := store.result(name)) is not None}
+    if not records:
+        raise SettingsError(f"{directory} holds no finished run of this experiment yet; run it without --render")
+    return summarise(settings, tasks, records, command, beside)
