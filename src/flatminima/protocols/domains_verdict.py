@@ -110,8 +110,8 @@ def details(compared: Sequence[Row], valley: Mapping[str, Any] | None, flat: Map
         worst = row["worst_target"]
         found.append(
             f"{METHODS[row['method']]} against {METHODS[row['baseline']]}: better on {row['wins']} of {row['targets']} "
-            f"targets, worst on {worst} ({row['per_target'][worst]:+.2f}); exact sign-flip test over targets p = {row['p']:.3g} "
-            f"(the smallest that {row['targets']} targets allow is {row['smallest_p']:.3g})."
+            f"targets, worst on {worst} ({row['per_target'][worst]:+.2f}); exact sign-flip test over targets "
+            f"p = {row['p']:.3g} (the smallest that {row['targets']} targets allow is {row['smallest_p']:.3g})."
         )
     if valley is not None:
         share, highest = valley["start_share"], valley["highest_ratio"]
