@@ -41,10 +41,10 @@ def claims(compared: Sequence[Row], flat: Mapping[str, Any]) -> list[Claim]:
             continue
         a, b = names[flatter], names[sharper]
         statement = f"{a} ends in a flatter minimum than {b} (the paper's order is {' < '.join(names.values())})"
-        claim = Claim(statement, {"targets": rows[0]["targets"], "runs": rows[0]["cells"]}, PAPER)
+        about = {"intervals of": f"F_γ({a}) − F_γ({b})", "targets": rows[0]["targets"], "runs": rows[0]["cells"]}
+        claim = Claim(statement, about, PAPER)
         for row in rows:
-            name = f"F_γ({a}) − F_γ({b}), γ = {row['radius']:g}, {row['where']}: 95 % interval"
-            _interval(claim, name, row, sign=-1, digits=3)
+            _interval(claim, f"γ = {row['radius']:g}, {row['where']}", row, sign=-1, digits=".2g")
         # One sentence instead of one per radius.
         failing = [f"γ = {r['radius']:g} on the {r['where']}" for r in rows if not r["high"] < 0]
         claim.failures[:] = [f"the interval is not below zero at {', '.join(failing)}"] if failing else []
@@ -62,14 +62,15 @@ def _claim(statement: str, row: Row, sign: int) -> Claim:
     claim = Claim(statement, rests_on, PAPER)
     claim.expected["difference (points)"] = "above 0" if sign > 0 else "below 0"
     claim.measured["difference (points)"] = row["difference"]
-    _interval(claim, "its 95 % interval", row, sign, digits=2)
+    _interval(claim, "its 95 % interval", row, sign, digits=".2f")
     return claim
 
 
-def _interval(claim: Claim, name: str, row: Row, sign: int, digits: int) -> None:
+def _interval(claim: Claim, name: str, row: Row, sign: int, digits: str) -> None:
     low, high = row["low"], row["high"]
     claim.expected[name] = "above 0" if sign > 0 else "below 0"
-    shown = f"[{low:+.{digits}g}, {high:+.{digits}g}]" if math.isfinite(low) and math.isfinite(high) else "none"
+    known = math.isfinite(low) and math.isfinite(high)
+    shown = f"[{signed(low, digits)}, {signed(high, digits)}]" if known else "none"
     claim.measured[name] = shown
     if not (low > 0 if sign > 0 else high < 0):
         other = high < 0 if sign > 0 else low > 0
@@ -85,11 +86,21 @@ def short(method: str) -> str:
 def difference_in_words(row: Row) -> str:
     """Effect, interval and what can be said of it."""
     low, high = row["low"], row["high"]
-    effect = f"{row['difference']:+.2f} points"
+    effect = f"{signed(row['difference'])} points"
     if not (math.isfinite(low) and math.isfinite(high)):
         return f"{effect}; one target says nothing about others"
     word = "more accurate" if low > 0 else "less accurate" if high < 0 else "no difference detected"
-    return f"{effect} [{low:+.2f}, {high:+.2f}], {word}"
+    return f"{effect} [{signed(low)}, {signed(high)}], {word}"
+
+
+def signed(value: float, digits: str = ".2f") -> str:
+    """A number with its sign, a minus being a minus.
+
+    Example:
+        >>> signed(-0.314), signed(0.2)
+        ('−0.31', '+0.20')
+    """
+    return f"{value:+{digits}}".replace("-", "−")
 
 
 def answer(compared: Sequence[Row]) -> str:
@@ -110,7 +121,7 @@ def details(compared: Sequence[Row], valley: Mapping[str, Any] | None, flat: Map
         worst = row["worst_target"]
         found.append(
             f"{METHODS[row['method']]} against {METHODS[row['baseline']]}: better on {row['wins']} of {row['targets']} "
-            f"targets, worst on {worst} ({row['per_target'][worst]:+.2f}); exact sign-flip test over targets "
+            f"targets, worst on {worst} ({signed(row['per_target'][worst])}); exact sign-flip test over targets "
             f"p = {row['p']:.3g} (the smallest that {row['targets']} targets allow is {row['smallest_p']:.3g})."
         )
     if valley is not None:
@@ -128,7 +139,7 @@ def details(compared: Sequence[Row], valley: Mapping[str, Any] | None, flat: Map
             if (row["flatter"], row["sharper"], row["where"]) == ("erm/swad", "erm/selected", where)
         ]
         if rows:
-            signs = ", ".join(f"{row['difference']:+.3g} at γ = {row['radius']:g}" for row in rows)
+            signs = ", ".join(f"{signed(row['difference'], '.3g')} at γ = {row['radius']:g}" for row in rows)
             found.append(f"Local flatness on the {where}, SWAD minus selected ERM: {signs}.")
     return found
 

@@ -86,7 +86,10 @@ def comparison_table(results: Results) -> Table:
             (
                 Cell(label(results, row["method"]), f"against {label(results, row['baseline'])}"),
                 Cell(_difference(row["difference"], low, high), "", (row["difference"], low, high), word, tone),
-                Cell(f"{row['wins']} of {row['targets']}", f"worst: {worst}, {row['per_target'][worst]:+.2f}"),
+                Cell(
+                    f"{row['wins']} of {row['targets']}",
+                    f"worst: {worst}, {_difference(row['per_target'][worst], None, None)}",
+                ),
                 Cell(_p(row["p"]), f"smallest possible {_p(row['smallest_p'])}", (row["p"],)),
                 Cell(_p(row["p_holm"]), "", (row["p_holm"],)),
                 Cell(_difference(row["difference"], seeds["low"], seeds["high"]), _seed_test(seeds)),
@@ -156,7 +159,7 @@ def claims_table(results: Results) -> Table:
 
 
 def _value(value: Any) -> str:
-    return plain(value, 3) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return plain(value, 3) if isinstance(value, float) else str(value)
 
 
 def valley_table(results: Results) -> Table:
