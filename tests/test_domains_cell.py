@@ -70,7 +70,7 @@ def weights(reader: Reader, model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.usefixtures("tiny")
 def test_every_method_is_read_off_one_trajectory() -> None:
-    recorder, readers, (model, sources, _, view, settings, history, corners) = followed(tolerance=0.05)
+    recorder, readers, (model, sources, _, view, settings, history, corners) = followed(tolerance=0.05, lr=1e-2)
     iterates = torch.stack(recorder.iterates)
     assert len(iterates) == 41
     assert [e.step for e in recorder.evaluations] == list(range(0, 41, 4)) == history["step"]
@@ -240,7 +240,7 @@ def test_the_view_augments_in_training_only_and_validation_where_told(tiny: Mult
     logits = model(view(natural, np.arange(60))).double()
     labels = torch.from_numpy(natural.labels)
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert accuracy == (logits.argmax(1) == labels).float().mean().item()
+    assert accuracy == (logits.argmax(1) == labels).double().mean().item()
 
 
 @pytest.mark.usefixtures("tiny")
