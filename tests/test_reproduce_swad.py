@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, sync_playwright
 from conftest import Outcome
 from domains_fixture import NAMES, tiny_domains, tiny_settings
 from flatminima.protocols import domains, domains_cell, domains_summary, domains_views
+from flatminima.report.domains_markdown import swad_markdown
 from flatminima.report.domains_page import render_swad
 from flatminima.report.domains_tables import accuracy_table, comparison_table, terminal_tables
 from flatminima.study.settings import SettingsError
@@ -160,6 +161,11 @@ def test_tables_keep_the_exact_numbers(results: dict[str, Any]) -> None:
         assert row[1].values == (source["difference"], source["low"], source["high"])
         assert row[3].values == (source["p"],)
     assert len(terminal_tables(results)) == 3
+    text = swad_markdown(results)
+    for table in (accuracy_table(results), comparison_table(results)):
+        assert all(cell.text in text for row in table.rows for cell in row)
+    assert results["answer"] in text
+    assert "7 of 12 runs are finished" in text
     published = copy.deepcopy(results)
     published["published"] = {
         "erm/swad": {"label": "SWAD", "average": 88.1, "se": 0.1, "targets": {"left": {"mean": 1, "se": 2}}}

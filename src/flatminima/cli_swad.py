@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from flatminima.protocols.domains import cells, reproduce_swad
 from flatminima.protocols.domains_algorithms import ALGORITHMS
 from flatminima.protocols.domains_settings import PROTOCOLS, DomainSettings, preset
+from flatminima.report.domains_markdown import swad_markdown
 from flatminima.report.domains_page import render_swad
 from flatminima.report.domains_tables import terminal_tables
 from flatminima.study.settings import SettingsError
@@ -42,7 +43,7 @@ def run(
     out: Path | None,
     consoles: tuple[Console, Console],
 ) -> None:
-    """Do the experiment, write ``results.json`` and ``report.html``, print the answer and the table.
+    """Do the experiment, write ``results.json``, ``report.html`` and ``table.md``, print the answer and the tables.
 
     Raises:
         SettingsError, DataError, StoreError: before any work is spent.
@@ -86,12 +87,13 @@ def run(
             bar.stop()
     write_json(directory / "results.json", results)
     write_text(directory / "report.html", render_swad(results))
+    write_text(directory / "table.md", swad_markdown(results))
     console.print(results["answer"], highlight=False, markup=False)
     for table in terminal_tables(results):
         console.print(table)
     for caution in results["cautions"]:
         console.print(f"careful: {caution}", highlight=False, markup=False)
-    for name in ("results.json", "report.html"):
+    for name in ("results.json", "report.html", "table.md"):
         console.print(str((directory / name).resolve()), highlight=False, markup=False, soft_wrap=True)
 
 
