@@ -212,12 +212,15 @@ def test_batchnorm_is_re_estimated_for_averages_and_left_alone_for_checkpoints(m
     batchnorm = {"model": "convnet", "model_options": {"channels": (4, 8), "norm": "batch"}, "plane": 0, "pairs": 0}
     calls: list[int] = []
     estimate = domains_cell.reestimate_batchnorm
-    monkeypatch.setattr(domains_cell, "_BATCHNORM_BATCHES", 20)
     monkeypatch.setattr(domains_cell, "reestimate_batchnorm", lambda *args: calls.append(estimate(*args)))
     record = run_cell(Cell(tiny_settings(steps=12, **batchnorm), "erm", "middle", 0))
     assert record["failure"] is None
-    assert calls == [20] * 7  # SWA, tail, EMA and four of SWAD; batches of the training transform, bounded
+    assert calls == [8] * 7  # SWA, tail, EMA and four of SWAD; 96 images, 12 a batch
     assert math.isfinite(record["methods"]["swad"]["validation_loss"])
+    calls.clear()
+    monkeypatch.setattr(domains_cell, "_BATCHNORM_BATCHES", 3)
+    run_cell(Cell(tiny_settings(steps=4, **batchnorm), "erm", "middle", 0))
+    assert calls == [3] * 7
     calls.clear()
     run_cell(Cell(tiny_settings(steps=4), "erm", "middle", 0))
     assert calls == [0] * 7  # GroupNorm: nothing is drawn

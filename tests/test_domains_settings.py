@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from flatminima import cli_swad
 from flatminima.data.domain_splits import seed_hash
 from flatminima.protocols.domains_hyperparameters import hyperparameters
 from flatminima.protocols.domains_settings import PROTOCOLS, DomainSettings, differences, preset
@@ -86,6 +87,8 @@ def test_a_protocol_that_fine_tunes_asks_for_its_weights() -> None:
     with pytest.raises(SettingsError, match=r"give --weights FILE with those of timm's resnet50\.ram_in1k"):
         preset("pacs", "domainbed")
     assert preset("pacs", "swad-2021", model="resnet-gn").weights == "none"
+    assert preset("pacs", model="resnet18").model_options == {"width": 16}
+    assert cli_swad.settings("pacs", "scratch", width=8).model_options == {"width": 8, "stem_stride": 2}
     with pytest.raises(SettingsError, match="unknown protocol 'swad': expected one of swad-2021"):
         preset("pacs", "swad")
     assert list(PROTOCOLS) == ["scratch", "swad-2021", "domainbed"]

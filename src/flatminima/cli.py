@@ -316,6 +316,11 @@ def reproduce_swad_command(
     model: Annotated[
         str | None, typer.Option(help=f"{', '.join(MODELS)} or resnet50 (default: the protocol's).")
     ] = None,
+    width: Annotated[int | None, typer.Option(help="Of mnist-cnn, resnet-gn and resnet18.")] = None,
+    freeze_batchnorm: Annotated[
+        bool | None,
+        typer.Option("--freeze-batchnorm/--train-batchnorm", help="Of resnet50: keep BatchNorm's statistics, or not."),
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Of resnet50: a file, torchvision:NAME, transformers:NAME, or none.")
     ] = None,
@@ -344,8 +349,9 @@ def reproduce_swad_command(
 ) -> None:
     """SWAD and domain generalisation: leave one domain out, compare averages of the same trainings on it."""
     settings = cli_swad.settings(
-        data, protocol, model=model, weights=weights, steps=steps, every=every, batch=batch, lr=lr, tolerance=tolerance,
-        size=size, rows=rows, data_seed=data_seed, device=str(_device(device)),
+        data, protocol, model=model, width=width, freeze_batchnorm=freeze_batchnorm, weights=weights, steps=steps,
+        every=every, batch=batch, lr=lr, tolerance=tolerance, size=size, rows=rows, data_seed=data_seed,
+        device=str(_device(device)),
     )  # fmt: skip
     cli_swad.run(
         settings, targets=targets, seeds=seeds, algorithms=algorithms, draws=draws, workers=workers, ray=ray, beside=beside,

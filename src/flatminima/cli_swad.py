@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from flatminima.study.store import StoreError, write_json, write_text
 __all__ = ["ALGORITHMS", "PROTOCOLS", "run", "settings"]
 
 
-def settings(data: str, protocol: str, **changes: Any) -> DomainSettings:
+def settings(data: str, protocol: str, *, width: int | None = None, **changes: Any) -> DomainSettings:
     """The protocol's settings with what was asked for; see :func:`~flatminima.protocols.domains_settings.preset`."""
-    return preset(data, protocol, **changes)
+    chosen = preset(data, protocol, **changes)
+    if width is None:
+        return chosen
+    return replace(chosen, model_options={**chosen.model_options, "width": width})
 
 
 def run(

@@ -32,7 +32,7 @@ from flatminima.vectors import norm
 FLATNESS = ("selected", "last", "swa", "tail", "swad")  # readers whose weights are probed
 _PROBED = ("erm", "sam")  # of these algorithms
 _CORNERS = (0.5, 0.7, 0.9)  # of the run: the iterates that span the loss plane
-_BATCHNORM_BATCHES = 500  # as SWAD's code
+_BATCHNORM_BATCHES = 500  # at most, as SWAD's code; a pass over as many images as there are is enough
 _MICRO_BATCH = 256
 _TRAINING_SHARE = 0.8  # of a cell's progress
 
@@ -233,12 +233,14 @@ def _read_off(
 ) -> dict[str, Any]:
     """The scores of every reader's weights, and the probes of some."""
     found: dict[str, Any] = {"methods": {}, "flatness": {}, "plane": None}
+    images = sum(len(source.kept) for source in sources)
+    passes = min(_BATCHNORM_BATCHES, math.ceil(images / (settings.batch * len(sources))))
     probes = _Probes(model, sources, target, view, settings) if cell.algorithm in _PROBED else None
     for name, reader in readers.items():
         with reader.swapped():
             if reader.averages:
                 # Nothing is drawn for a network without BatchNorm, or with frozen statistics.
-                batches = islice(training_batches(sources, settings, view, seed, "batchnorm"), _BATCHNORM_BATCHES)
+                batches = islice(training_batches(sources, settings, view, seed, "batchnorm"), passes)
                 reestimate_batchnorm(model.train(), (torch.cat([x for x, _ in parts]) for parts in batches))
             evaluation = _evaluate(model, sources, view, settings.run_steps - 1, settings)
             loss, accuracy = score(model, target.images, target.kept, view)

@@ -184,7 +184,8 @@ def preset(data: str, protocol: str = "scratch", **changes: Any) -> DomainSettin
             raise SettingsError(unknown("setting", name, sorted(known)))
     chosen = {"data": data, "protocol": protocol, **_PRESETS[protocol](data)}
     if given.get("model", chosen["model"]) != chosen["model"]:
-        chosen |= {"model_options": {}, "weights": NO_WEIGHTS, "freeze_batchnorm": False}
+        narrow = {"width": 16} if given["model"] == "resnet18" else {}  # what a CPU can train
+        chosen |= {"model_options": narrow, "weights": NO_WEIGHTS, "freeze_batchnorm": False}
     chosen |= given
     if chosen["model"] == "resnet50" and "weights" not in chosen:
         advice = {
