@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -25,7 +25,7 @@ from flatminima.protocols.claims import finite
 from flatminima.protocols.domains_algorithms import batch_loss
 from flatminima.protocols.domains_hyperparameters import hyperparameters
 from flatminima.protocols.domains_readers import Evaluation, Reader, digest, make_readers
-from flatminima.protocols.domains_settings import NO_WEIGHTS, DomainSettings, drawn
+from flatminima.protocols.domains_settings import NO_WEIGHTS, DomainSettings
 from flatminima.protocols.domains_views import Domain, View, divided, domain_data, score, training_batches, without
 from flatminima.vectors import norm
 
@@ -72,7 +72,7 @@ def run_cell(cell: Cell, report: Callable[[float], None] = lambda fraction: None
     """
     started = time.perf_counter()
     values = hyperparameters(cell.settings, cell.algorithm, cell.draw)
-    settings = drawn(cell.settings, values)
+    settings = replace(cell.settings, **values)
     data = domain_data(settings)
     sources, target = without(divided(data, settings.held_out, cell.seed), cell.target)
     view = View(settings, data.natural)
@@ -306,7 +306,9 @@ class _Probes:
         others = {name: point for name, point in self._points.items() if name in shown}
         try:
             return {
-                name: asdict(loss_plane(self._objective(name), corners, others=others, resolution=self._settings.plane))
+                name: loss_plane(
+                    self._objective(name), corners, others=others, resolution=self._settings.plane
+                ).to_dict()
                 for name in self._tensors
             }
         except ValueError:  # the iterates lie on one line: nothing has moved

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
-from flatminima.data.domains import PICTURES
 from flatminima.data.mnist_domains import INTERPOLATIONS
 from flatminima.models import MODELS
 from flatminima.names import unknown
@@ -268,13 +267,3 @@ def differences(data: str, first: str = "swad-2021", second: str = "domainbed") 
     if a["model"] == b["model"] == "resnet50" and {first, second} <= _WEIGHTS.keys():
         rows.insert(0, ("weights", _WEIGHTS[first], _WEIGHTS[second], _MEANINGS["weights"]))
     return rows
-
-
-def published_name(data: str) -> str | None:
-    """The data set whose published numbers belong beside these results, if any."""
-    return data if data in PICTURES else None
-
-
-def drawn(settings: DomainSettings, values: Mapping[str, Any]) -> DomainSettings:
-    """The settings with the hyper-parameters of a draw."""
-    return replace(settings, **values)
