@@ -129,6 +129,7 @@ def test_flatness_is_compared_along_the_papers_order(results: table.Results) -> 
     flat = table.flatness(results, [1.0, 2.0, 5.0])
     row = next(r for r in flat["rows"] if (r["method"], r["where"], r["radius"]) == ("erm/swad", "source", 1.0))
     assert row["mean"] == pytest.approx(1.05)
+    assert row["versus_erm"]["difference"] == pytest.approx(-3.0)
     pair = next(
         r for r in flat["order"] if (r["flatter"], r["sharper"], r["radius"]) == ("erm/swad", "erm/selected", 1.0)
     )

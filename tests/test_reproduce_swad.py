@@ -218,7 +218,7 @@ def test_the_page_draws_every_plot_and_does_not_overflow(
     page.goto(path.as_uri())
     page.wait_for_function("document.querySelectorAll('.plot .main-svg').length > 0")
     plots = page.locator(".plot").count()
-    assert plots == 1 + 3 + 3 + 2 + 6  # differences, curves, accuracies, flatness, planes
+    assert plots == 1 + 3 + 3 + 4 + 6  # differences, curves, accuracies, flatness, planes
     assert page.locator(".plot:has(.main-svg)").count() == plots
     page.evaluate("() => document.querySelectorAll('details').forEach(part => part.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") == width

@@ -205,12 +205,14 @@ def flatness(results: Results, radii: Sequence[float]) -> dict[str, Any]:
             cells = {name: c for name, c in cells.items() if np.isfinite(c).any()}
             for name, c in cells.items():
                 low, high = two_way_bootstrap(c)
-                rows.append(
-                    {
-                        "method": name, "where": where, "radius": radius, **mean_and_error(np.nanmean(_rows(c), axis=1)),
-                        "low": low, "high": high,
-                    }
-                )  # fmt: skip
+                row: dict[str, Any] = {
+                    "method": name, "where": where, "radius": radius, **mean_and_error(np.nanmean(_rows(c), axis=1)),
+                    "low": low, "high": high,
+                }  # fmt: skip
+                if (reference := cells.get("erm/selected")) is not None and name != "erm/selected":
+                    paired = compare(c - reference, results.targets)
+                    row["versus_erm"] = {key: paired[key] for key in ("difference", "low", "high")}
+                rows.append(row)
             for flatter, sharper in FLATNESS_PAIRS:
                 if {flatter, sharper} <= cells.keys():
                     pair = compare(cells[flatter] - cells[sharper], results.targets)

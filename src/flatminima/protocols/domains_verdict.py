@@ -45,9 +45,7 @@ def claims(compared: Sequence[Row], flat: Mapping[str, Any]) -> list[Claim]:
         claim = Claim(statement, about, PAPER)
         for row in rows:
             _interval(claim, f"γ = {row['radius']:g}, {row['where']}", row, sign=-1, digits=".2g")
-        # One sentence instead of one per radius.
-        failing = [f"γ = {r['radius']:g} on the {r['where']}" for r in rows if not r["high"] < 0]
-        claim.failures[:] = [f"the interval is not below zero at {', '.join(failing)}"] if failing else []
+        claim.failures[:] = _not_below_zero(rows)  # one sentence instead of one per radius
         found.append(claim)
     return found
 
@@ -76,6 +74,19 @@ def _interval(claim: Claim, name: str, row: Row, sign: int, digits: str) -> None
         other = high < 0 if sign > 0 else low > 0
         why = "lies on the other side of zero" if other else "does not exclude zero"
         claim.failures.append(f"the interval {shown} {why}")
+
+
+def _not_below_zero(rows: Sequence[Row]) -> list[str]:
+    failing = [row for row in rows if not row["high"] < 0]
+    if not failing:
+        return []
+    if len(failing) == len(rows):
+        return ["the interval is below zero at no distance, neither on the sources nor on the target"]
+    places = []
+    for where in dict.fromkeys(row["where"] for row in failing):
+        radii = ", ".join(f"{row['radius']:g}" for row in failing if row["where"] == where)
+        places.append(f"γ = {radii} on the {where}")
+    return [f"the interval is not below zero at {' and '.join(places)}"]
 
 
 def short(method: str) -> str:

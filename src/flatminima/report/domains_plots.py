@@ -183,48 +183,67 @@ def accuracies(results: Results) -> list[Panel]:
 
 
 def flatness(results: Results) -> list[Panel]:
-    """Rise of the loss over the distance, with intervals, on the sources and on the target."""
+    """Rise of the loss over the distance, and how it differs from ERM's; on the sources and on the target."""
     flat = results["flatness"]
-    rows = [row for row in flat["rows"] if row["method"] in SHOWN]
+    rows = [row for row in flat["rows"] if row["method"] in SHOWN and as_finite(row["mean"]) is not None]
     panels = []
-    for where in ("source", "target"):
-        traces: list[Any] = []
-        for index, method in enumerate(SHOWN):
-            found = [
-                row
-                for row in rows
-                if row["method"] == method and row["where"] == where and as_finite(row["mean"]) is not None
-            ]
-            if not found:
+    for title, pick in (("Rise of the loss", _absolute), ("Difference from selected ERM", _relative)):
+        for where in ("source", "target"):
+            here = [row for row in rows if row["where"] == where]
+            base = {row["radius"]: row["mean"] for row in here if row["method"] == "erm/selected"}
+            traces: list[Any] = []
+            for index, method in enumerate(SHOWN):
+                points = [
+                    (row["radius"], found) for row in here if row["method"] == method and (found := pick(row, base))
+                ]
+                if points:
+                    traces.append(_with_error(points, index, safe(label(results, method))))
+            values = [value for trace in traces for value in trace.y]
+            if not values:
                 continue
-            x = [row["radius"] * (1 + 0.012 * (index - len(SHOWN) / 2)) for row in found]  # side by side
-            y = [row["mean"] for row in found]
-            above = [max((as_finite(row["high"]) or row["mean"]) - row["mean"], 0.0) for row in found]
-            below = [max(row["mean"] - (as_finite(row["low"]) or row["mean"]), 0.0) for row in found]
-            error = {
-                "type": "data",
-                "symmetric": False,
-                "array": above,
-                "arrayminus": below,
-                "thickness": 1,
-                "width": 2,
-            }
-            hover = f"{safe(label(results, method))}<br>γ = %{{customdata:g}}: %{{y:.4g}}<extra></extra>"
-            traces.append(
-                go.Scatter(
-                    x=x, y=y, mode="lines+markers", marker=marker(index, 7), line={"color": colour(index), "width": 1.4},
-                    error_y=error | {"color": colour(index)}, customdata=[row["radius"] for row in found], hovertemplate=hover,
-                )
-            )  # fmt: skip
-        values = [value for trace in traces for value in trace.y if value > 0]
-        if not values:
-            continue
-        low = [row["radius"] for row in rows]
-        x_axis = axis("γ, distance in parameter space", **log_axis(*log_range([min(low) * 0.93, max(low) * 1.07])))
-        y_axis = axis("F_γ, mean rise of the loss", **log_axis(*log_range(values, 0.12)))
-        title = "On the source domains" if where == "source" else "On the target"
-        panels.append(Panel(drawn(traces, x_axis, y_axis, 340), title, "Mean rise of the loss against the distance."))
+            radii = [row["radius"] for row in here]
+            x = axis("γ, distance in parameter space", **log_axis(*log_range([min(radii) * 0.93, max(radii) * 1.07])))
+            if pick is _absolute:
+                y = axis("F_γ", **log_axis(*log_range([value for value in values if value > 0], 0.12)))
+            else:
+                y = axis("F_γ minus ERM's, % of ERM's", zeroline=True, zerolinecolor="var(--rule)")
+            place = "on the source domains" if where == "source" else "on the target"
+            panels.append(
+                Panel(drawn(traces, x, y, 320), f"{title}, {place}", f"{title} against the distance, {place}.")
+            )
     return panels
+
+
+_Point = tuple[float, float, float]  # value, lower and upper end
+
+
+def _absolute(row: Mapping[str, Any], base: Mapping[float, float]) -> _Point | None:
+    mean, low, high = (as_finite(row[name]) for name in ("mean", "low", "high"))
+    return None if mean is None else (mean, mean if low is None else low, mean if high is None else high)
+
+
+def _relative(row: Mapping[str, Any], base: Mapping[float, float]) -> _Point | None:
+    versus, whole = row.get("versus_erm"), base.get(row["radius"])
+    if not versus or not whole or as_finite(versus["difference"]) is None:
+        return None
+    difference, low, high = (as_finite(versus[name]) for name in ("difference", "low", "high"))
+    middle = 100.0 * (difference or 0.0) / whole
+    return (middle, middle if low is None else 100.0 * low / whole, middle if high is None else 100.0 * high / whole)
+
+
+def _with_error(points: Sequence[tuple[float, _Point]], index: int, name: str) -> go.Scatter:
+    """A line with intervals; the marks of the methods at one distance stand side by side."""
+    error = {
+        "type": "data", "symmetric": False, "thickness": 1, "width": 2, "color": colour(index),
+        "array": [max(high - y, 0.0) for _, (y, _, high) in points],
+        "arrayminus": [max(y - low, 0.0) for _, (y, low, _) in points],
+    }  # fmt: skip
+    return go.Scatter(
+        x=[radius * (1 + 0.02 * (index - len(SHOWN) / 2)) for radius, _ in points], y=[y for _, (y, _, _) in points],
+        mode="lines+markers", marker=marker(index, 7), line={"color": colour(index), "width": 1.2}, error_y=error,
+        customdata=[radius for radius, _ in points],
+        hovertemplate=f"{name}<br>γ = %{{customdata:g}}: %{{y:.4g}}<extra></extra>",
+    )  # fmt: skip
 
 
 def planes(results: Results) -> list[Panel]:
