@@ -204,7 +204,10 @@ def flatness(results: Results) -> list[Panel]:
             radii = [row["radius"] for row in here]
             x = axis("γ, distance in parameter space", **log_axis(*log_range([min(radii) * 0.93, max(radii) * 1.07])))
             if pick is _absolute:
-                y = axis("F_γ", **log_axis(*log_range([value for value in values if value > 0], 0.12)))
+                scale = (
+                    log_axis(*log_range(values, 0.12)) if min(values) > 0 else {}
+                )  # far from a minimum it can be negative
+                y = axis("F_γ", **scale)
             else:
                 y = axis("F_γ minus ERM's, % of ERM's", zeroline=True, zerolinecolor="var(--rule)")
             place = "on the source domains" if where == "source" else "on the target"
