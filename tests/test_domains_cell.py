@@ -11,6 +11,7 @@ import torch
 
 from domains_fixture import NAMES, tiny, tiny_domains, tiny_settings  # noqa: F401
 from flatminima.data import DataError, MultiDomain
+from flatminima.data.domain_splits import DomainSampler, seed_hash
 from flatminima.data.formats import in_memory
 from flatminima.protocols import domains_cell, domains_views
 from flatminima.protocols.domains import cells
@@ -183,6 +184,10 @@ def test_runs_of_a_cell_are_paired_and_repeat_to_the_bit() -> None:
     view = View(settings, False)
     a, b = (next(training_batches(sources, settings, view, 0)) for _ in range(2))
     assert all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b, strict=True))
+    for source, (x, y) in zip(sources, a, strict=True):  # every domain from its own stream
+        rows = next(DomainSampler(source.kept, 6, seed=seed_hash("training", 0), domain=source.index))
+        assert torch.equal(x, view(source.images, rows))
+        assert torch.equal(y, view.labels(source.images, rows))
     fewer, _ = without(divided(data, 0.2, 0), "left")
     shared = next(training_batches(fewer, settings, view, 0))[0]
     assert torch.equal(shared[1], a[1][1])  # the domain "middle" is drawn alike whoever the target is
