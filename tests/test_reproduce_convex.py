@@ -57,7 +57,7 @@ def test_theorem_1_is_reproduced() -> None:
 
 
 def test_theorem_6_is_reproduced() -> None:
-    check(convex_traps.sam_ends_sharp())
+    check(convex_theorems.sam_ends_sharp())
 
 
 def test_theorem_7_is_reproduced() -> None:

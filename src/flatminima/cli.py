@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import flatminima
-from flatminima import cli_audit, cli_measure, cli_symmetries
-from flatminima.data import DATASETS, DataError
+from flatminima import cli_audit, cli_measure, cli_swad, cli_symmetries
+from flatminima.data import DATASETS, DOMAIN_DATASETS, DataError
 from flatminima.measures import GROUPS, MeasureOptions, resolve
 from flatminima.models import MODELS
 from flatminima.names import unknown
@@ -393,6 +393,64 @@ def _reproduced(
 def _show_files(out: Path) -> None:
     for name in ("results.json", "report.html"):
         _out.print(str((out / name).resolve()), highlight=False, markup=False, soft_wrap=True)
+
+
+@_reproduce.command("swad")
+def reproduce_swad_command(
+    data: Annotated[str, typer.Option(help=f"{', '.join(DOMAIN_DATASETS)}, or a folder <domain>/<class>/<file>.")] = (
+        "rotated-mnist"
+    ),
+    targets: Annotated[str, typer.Option(help="Domains to leave out, comma-separated, or all.")] = "all",
+    seeds: Annotated[int, typer.Option(help="Splits, initial weights and batches of every target.")] = 3,
+    algorithms: Annotated[
+        str, typer.Option(help=f"Comma-separated: {', '.join(cli_swad.ALGORITHMS)}; averages are read off each.")
+    ] = ",".join(cli_swad.ALGORITHMS),
+    protocol: Annotated[str, typer.Option(help=f"Named settings: {', '.join(cli_swad.PROTOCOLS)}.")] = "scratch",
+    draws: Annotated[int, typer.Option(help="Of DomainBed's random hyper-parameter search; 1: defaults only.")] = 1,
+    model: Annotated[
+        str | None, typer.Option(help=f"{', '.join(MODELS)} or resnet50 (default: the protocol's).")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Of mnist-cnn, resnet-gn and resnet18.")] = None,
+    freeze_batchnorm: Annotated[
+        bool | None,
+        typer.Option("--freeze-batchnorm/--train-batchnorm", help="Of resnet50: keep BatchNorm's statistics, or not."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of resnet50: a file, torchvision:NAME, transformers:NAME, or none.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of a run.")] = None,
+    every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images of every source domain in a batch.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Of Adam, constant.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Rise of the validation loss that ends SWAD's valley.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels a side, for pictures.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Images of each domain to keep (default all).")] = None,
+    data_seed: Annotated[int | None, typer.Option(help="Of MNIST's environments; the same for all runs.")] = None,
+    device: _Device = "cpu",
+    workers: Annotated[int | None, typer.Option(help="Runs at once (default 1; on a cluster as many as fit).")] = None,
+    ray: Annotated[str | None, typer.Option(help="Run on a Ray cluster: host:port, auto or local.")] = None,
+    beside: Annotated[
+        str | None, typer.Option(help="results.json of other data sets, comma-separated: one sign-flip test over all.")
+    ] = None,
+    only_render: Annotated[
+        bool, typer.Option("--render", help="Run nothing: results and page of the runs that are finished.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory (default runs/swad-DATA); the same command resumes.")
+    ] = None,
+) -> None:
+    """SWAD and domain generalisation: leave one domain out, compare averages of the same trainings on it."""
+    settings = cli_swad.settings(
+        data, protocol, model=model, width=width, freeze_batchnorm=freeze_batchnorm, weights=weights, steps=steps,
+        every=every, batch=batch, lr=lr, tolerance=tolerance, size=size, rows=rows, data_seed=data_seed,
+        device=str(_device(device)),
+    )  # fmt: skip
+    cli_swad.run(
+        settings, targets=targets, seeds=seeds, algorithms=algorithms, draws=draws, workers=workers, ray=ray, beside=beside,
+        run=not only_render, out=out, consoles=(_out, _err),
+    )  # fmt: skip
 
 
 def _names(measures: str | None) -> list[str] | None:

@@ -34,7 +34,9 @@ from flatminima.measures.base import (
     measure,
     resolve,
 )
+from flatminima.measures.neighbourhood import LocalFlatness, local_flatness
 from flatminima.measures.options import MeasureOptions
+from flatminima.measures.plane import LossPlane, loss_plane
 
 arrange(
     sharpness, adaptive, logit_normalised, hessian, orbit, inertia, fisher, relative_flatness, pac_bayes, volume, llc, norms,
@@ -44,6 +46,8 @@ arrange(
 __all__ = [
     "GROUPS",
     "MEASURES",
+    "LocalFlatness",
+    "LossPlane",
     "Measure",
     "MeasureOptions",
     "Measurement",
@@ -56,7 +60,9 @@ __all__ = [
     "inertia",
     "invariance",
     "llc",
+    "local_flatness",
     "logit_normalised",
+    "loss_plane",
     "margins",
     "measure",
     "norms",

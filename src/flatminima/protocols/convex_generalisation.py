@@ -141,7 +141,8 @@ def _judged(
         for kind in KINDS if name in ("stability", "population risk", "gap") else KINDS[1:]:
             bound = bounds[kind][name]
             vacuous = bound >= ceiling.get(name, f.largest_loss)
-            claim.at_most(f"{name}, {kind} constants{' (vacuous)' if vacuous else ''}", bound, value)
+            whose = "our" if kind == "tight" else "the paper's"
+            claim.at_most(f"{name}, {whose} constants{' (vacuous)' if vacuous else ''}", bound, value)
             cells.append({"quantity": name, "kind": kind, "measured": value, "error": errors.get(name), "bound": bound,
                           "vacuous": vacuous})  # fmt: skip
     row = {

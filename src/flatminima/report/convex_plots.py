@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from flatminima.report.numbers import plain
-from flatminima.report.panels import Panel, axis, colour, drawn, log_axis, marker, spread, wrapped
+from flatminima.report.panels import Panel, axis, colour, drawn, log_axis, marker, safe, spread
 
 Record = Mapping[str, Any]
 #: Colours by what a line is, the same in every plot of the page.
@@ -21,7 +21,7 @@ _FLOOR = 1e-6
 
 
 def _line(x: Sequence[Any], y: Sequence[Any], index: int | str, name: str, **line: Any) -> go.Scatter:
-    style = colour(index) if isinstance(index, int) else index
+    style, name = colour(index) if isinstance(index, int) else index, safe(name)
     return go.Scatter(
         x=list(x), y=list(y), mode="lines", line={"color": style, "width": 2.0} | line, name=name,
         hovertemplate=f"{name}<br>%{{x:.5g}}: %{{y:.5g}}<extra></extra>",
@@ -250,9 +250,9 @@ _QUANTITIES = (("population risk", "Population risk"), ("stability", "Change whe
 def bounds(rows: Sequence[Record]) -> list[Panel]:
     """Every experiment beside its bounds, on a log scale."""
     panels = []
-    problems = {"DeadZoneRegression": "", "SAGDTrap": "trap of SA-GD, ", "SAMTrap": "trap of SAM, "}
+    problems = {"DeadZoneRegression": "", "SAGDTrap": " in its trap", "SAMTrap": " in its trap"}
     names = [
-        f"{problems[row['problem']]}{row['method']}, n = {row['n']}, T = {row['steps']}, r = {row['radius']:g}"
+        f"{safe(row['method'])}{problems[row['problem']]}<br>n = {row['n']}, T = {row['steps']}, r = {row['radius']:g}"
         for row in rows
     ]
     for quantity, title in _QUANTITIES:
@@ -285,7 +285,7 @@ def bounds(rows: Sequence[Record]) -> list[Panel]:
             )
         )  # fmt: skip
         low, high = math.log10(min(values)) - 0.3, math.log10(max(values)) + 0.3
-        y = axis("", tickmode="array", tickvals=list(range(len(rows))), ticktext=[wrapped(n, 27) for n in names],
+        y = axis("", tickmode="array", tickvals=list(range(len(rows))), ticktext=names,
                  range=[len(rows) - 0.5, -0.5], ticks="", showline=False)  # fmt: skip
         panels.append(
             Panel(
