@@ -243,7 +243,7 @@ def test_the_statistics_are_those_of_the_runs(comparison: Comparison) -> None:
 
 def test_the_audit_is_that_of_the_first_seeds(comparison: Comparison) -> None:
     audit = comparison.results["audit"]
-    assert audit["symmetries"] == ["relu-layer-rescaling", "relu-unit-rescaling"]
+    assert audit["symmetries"] == ["relu-layer-rescaling", "relu-unit-rescaling", "unit-permutation"]
     assert all(change < 1e-9 for change in audit["proofs"].values())
     for run in comparison.results["runs"]:
         assert (run["audit"] is not None) == (run["seed"] == 0)

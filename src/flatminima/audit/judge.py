@@ -80,7 +80,7 @@ def judge(
         if not m.applies:  # a number that exists here and not there
             moved, ratio = True, math.inf
             continue
-        slack = errors * math.hypot(error_of(m), error_of(base)) + ROUNDING * max(abs(base.value), abs(m.value))
+        slack = errors * math.hypot(error_of(m), error_of(base)) + rounding(base.value, m.value)
         gap = 0.0 if m.value == base.value else abs(m.value - base.value)  # both may be infinite
         moved |= not gap <= slack
         ratio = max(ratio, _ratio(base.value, m.value))
@@ -112,6 +112,12 @@ def spread(values: Sequence[float]) -> float | None:
     logs = [math.log(abs(v)) for v in values]
     mean = math.fsum(logs) / len(logs)
     return math.exp(math.sqrt(math.fsum((x - mean) ** 2 for x in logs) / len(logs)))
+
+
+def rounding(a: float, b: float) -> float:
+    """How far two numbers of double precision may be apart that must agree; infinity agrees with itself alone."""
+    size = max(abs(a), abs(b))
+    return ROUNDING * size if math.isfinite(size) else 0.0
 
 
 def error_of(m: Measurement) -> float:

@@ -11,7 +11,7 @@ from torch import nn
 
 from flatminima.audit import pair_words
 from flatminima.audit.function import FunctionComparison, compare_functions
-from flatminima.audit.judge import ERRORS, ROUNDING, error_of
+from flatminima.audit.judge import ERRORS, error_of, rounding
 from flatminima.audit.report import AuditReport
 from flatminima.audit.single import Clock, Progress, audit
 from flatminima.batches import batches
@@ -207,8 +207,9 @@ def _same_architecture(first: nn.Module, second: nn.Module) -> None:
 
 def _difference(name: str, a: AuditReport, b: AuditReport) -> Difference:
     one, other = a.measurements[name], b.measurements[name]
-    gap, error = other.value - one.value, math.hypot(error_of(one), error_of(other))
-    resolved = abs(gap) > ERRORS * error + ROUNDING * max(abs(one.value), abs(other.value))
+    gap = 0.0 if other.value == one.value else other.value - one.value  # both may be infinite
+    error = math.hypot(error_of(one), error_of(other))
+    resolved = abs(gap) > ERRORS * error + rounding(one.value, other.value)
     direction = {"lower": 1, "higher": -1}.get(str(MEASURES[name].flatter_when), 0)
     flatter = None if not resolved or not direction else int(gap * direction < 0)
     low, high = a.range(name)
