@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flatminima import Objective
 
-ROWS, CLASSES = 8, 3
+ROWS, CLASSES, PROBES = 8, 3, 60
 
 
 class Residual(nn.Module):
@@ -111,6 +111,12 @@ def data(name: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     _, shape = NETS[name]
     return torch.randn(ROWS, *shape, generator=generator, dtype=torch.float64), torch.arange(ROWS) % CLASSES
+
+
+def probes(name: str) -> Tensor:
+    """Unlabelled inputs, for measures that look at some."""
+    _, shape = NETS[name]
+    return torch.randn(PROBES, *shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
 def objective(name: str, model: nn.Module) -> Objective:

@@ -18,7 +18,7 @@ from flatminima import MEASURES, Measurement, MeasureOptions, measure
 from flatminima.measures.invariance import MARKS, SIGNED_PERMUTATIONS
 from flatminima.measures.logit_normalised import logit_normalised
 from flatminima.symmetries import KINDS, find_symmetries
-from invariance_nets import NETS, build, data, objective
+from invariance_nets import NETS, build, data, objective, probes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,7 +57,10 @@ def members(name: str, scale: float = SCALE) -> dict[str, nn.Module]:
 
 @cache
 def measured(name: str) -> dict[str, dict[str, Measurement]]:
-    return {kind: measure(objective(name, model), PROMPT, options=OPTIONS) for kind, model in members(name).items()}
+    return {
+        kind: measure(objective(name, model), PROMPT, options=OPTIONS, probes=probes(name))
+        for kind, model in members(name).items()
+    }
 
 
 def known_error(a: Measurement, b: Measurement) -> float:
@@ -130,7 +133,10 @@ def test_nothing_is_left_open_that_the_networks_can_tell() -> None:
     for name in PROMPT:
         for kind in KINDS:
             if MEASURES[name].invariance(kind) == "unknown" and cells(name, kind):
-                assert name in ("relative_flatness", "participation_ratio"), (name, kind)
+                assert name in ("relative_flatness", "participation_ratio", "probe_patterns", "free_patterns"), (
+                    name,
+                    kind,
+                )
     assert set(MARKS) == {"invariant", "almost", "changes", "unknown"}
 
 
@@ -141,7 +147,7 @@ SMALL = MeasureOptions(
     rtol=1e-10, max_probes=400, ascent_starts=1, micro_batch=4, radius=0.01, adaptive_rho=0.01, loss_rise=1e-7,
     localization=20.0, chains=2, burn_in=80, chain_draws=250, directions=48,
 )  # fmt: skip
-COUNTED = ("positive_eigenvalues", "negative_eigenvalues", "hutchinson_trace", "m_sharpness")
+COUNTED = ("positive_eigenvalues", "negative_eigenvalues", "hutchinson_trace", "m_sharpness", "pair_proxy")
 NOISY = (
     *sorted(SAMPLED),
     "pac_bayes_kl",
@@ -227,7 +233,10 @@ def test_counts_and_micro_batches() -> None:
     """Exact, or without draws that a permutation could upset."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for net in NETS:
-        table = {kind: measure(objective(net, model), COUNTED, options=SMALL) for kind, model in members(net).items()}
+        table = {
+            kind: measure(objective(net, model), COUNTED, options=SMALL, probes=probes(net))
+            for kind, model in members(net).items()
+        }
         for kind in table.keys() - {""}:
             for name in COUNTED:
                 found.setdefault((name, kind), {})[net] = change(table[""][name], table[kind][name])[0]

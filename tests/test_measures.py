@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flatminima import MEASURES, Measurement, MeasureOptions, Objective, find_symmetries, measure
-from flatminima.measures import NotApplicableError, Workbench, resolve
+from flatminima.measures import NotApplicableError, Workbench, resolve, unseen
 from flatminima.measures.base import MEASURES as REGISTRY
 from flatminima.measures.base import arrange, register
 from quadratic_fixture import Point, highest_in_ball, quadratic, with_spectrum
@@ -270,12 +270,14 @@ def test_all_measures_give_a_number_or_a_reason() -> None:
         Objective(model, F.cross_entropy, (x, y)),
         Objective(model, F.mse_loss, (x, torch.zeros(30, 3).double())),
     ):
-        found = measure(f, ["all"], options=quick)
+        found = measure(f, ["all"], options=quick, probes=torch.randn(20, x.shape[1]))
         assert list(found) == list(MEASURES)
         for m in found.values():
             assert math.isfinite(m.value) if m.applies else (math.isnan(m.value) and m.note and not m.converged)
         absent = {name for name, m in found.items() if not m.applies}
-        assert absent == (set() if f.loss_fn is F.cross_entropy else MARGINS)
+        assert absent == (set() if f.loss_fn is F.cross_entropy else {*MARGINS, *unseen.NAMES})
+    without = measure(f, unseen.NAMES)
+    assert all("it needs probes" in m.note or "targets" in m.note for m in without.values())
 
 
 MARGINS = {"minimum_margin", "margin_quantile", "median_margin", "normalised_margin"}
