@@ -294,8 +294,100 @@ def test_rows_that_take_another_path_are_noticed_on_the_whole_loss() -> None:
     found = audit(TwoPaths(), F.cross_entropy, [(x, y), (second, y)], measures=["parameter_norm"], members=2)
     assert found.coordinates == ()
     (reason,) = [why for site, why in found.rejected if site == "relu-unit-rescaling"]
-    assert "proved on the first rows, but over all rows a member changes the loss" in reason
+    assert "keeps the outputs on the rows of the proof, but a member changes the loss over all rows" in reason
     assert found.verdicts["parameter_norm"] == "not tested"
+
+
+class Flow(nn.Module):
+    """Decides by values what it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        if h.sum() > 0:
+            h = torch.relu(self.b(h))
+        out: Tensor = self.c(h)
+        return out
+
+
+def test_what_was_not_analysed_is_named() -> None:
+    found = audit(Flow(), F.cross_entropy, rows(), measures=["trace"], members=1)
+    assert found.partial
+    assert found.unanalysed
+    assert any("Not analysed at model: control flow depends on values at" in c for c in found.to_dict()["cautions"])
+    assert not audit(mlp(), F.cross_entropy, rows(), measures=["parameter_norm"], members=1).partial
+
+
+class Decaying(nn.Module):
+    """Its loss has a penalty on the weights, which the outputs do not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.body(x)
+        penalty = torch.stack([p.square().sum() for p in self.parameters()]).sum()
+        return {"loss": F.cross_entropy(logits, labels) + 0.01 * penalty, "logits": logits}
+
+
+def test_a_penalty_on_the_weights_leaves_no_rescaling() -> None:
+    x, y = rows()
+    found = audit(
+        Decaying(), None, [{"x": x, "labels": y}], measures=["trace", "parameter_norm"], members=1, options=QUICK
+    )
+    assert found.coordinates == ("unit-permutation",)
+    reasons = dict(found.rejected)
+    assert "the loss sees more than the outputs (a penalty on the weights, say)" in reasons["relu-unit-rescaling"]
+    assert any("keep distances: that a number survives them says little" in c for c in found.to_dict()["cautions"])
+
+
+def test_tied_weights_admit_no_untied_formula() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.w, self.head = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(torch.relu(torch.relu(x @ self.w) @ self.w.T))
+            return out
+
+    found = audit(Tied(), F.cross_entropy, rows(), measures=["trace", "parameter_norm"], members=1, options=QUICK)
+    assert not set(found.coordinates) & set(RELU)
+    assert any("'w' is used 2 times in the forward pass (tied parameters)" in reason for _, reason in found.rejected)
+
+
+def test_where_the_gradient_is_long_there_is_no_minimum() -> None:
+    data = rows()
+    start = audit(mlp(), F.cross_entropy, data, measures=["parameter_norm"], kinds=RELU[:1], members=1)
+    f = Objective(mlp(), F.cross_entropy, data)
+    g = f.gradient().double()
+    step = float(g @ g) / float(g @ f.hvp(g.float()).double())
+    lower = copy.deepcopy(mlp())
+    torch.nn.utils.vector_to_parameters(f.point() - step * g.float(), lower.parameters())
+    won = (start.loss - float(F.cross_entropy(lower(data[0]), data[1]).detach())) / start.loss
+    assert start.descent == pytest.approx(won, rel=0.3)  # to second order
+    assert any("This is no minimum: a step along the gradient" in c for c in start.to_dict()["cautions"])
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_batch_norm_in_both_modes(mode: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    found = audit(
+        model, F.cross_entropy, rows(), measures=["trace", "w_hessian_w"], members=2, mode=mode, options=QUICK,
+        kinds=["norm-gain-rescaling", "pre-norm-rescaling"],
+    )  # fmt: skip
+    exact = {o.kind: o.symmetry.exact for o in found.orbits}
+    assert exact == {"norm-gain-rescaling": True, "pre-norm-rescaling": mode == "eval"}
+    assert found.verdicts["trace"] == "changes"
+    assert found.verdicts["w_hessian_w"] in ("invariant", "nearly")
+    assert int(model[1].num_batches_tracked) == 0
 
 
 def test_hints_are_proved_like_all_others() -> None:
@@ -314,7 +406,7 @@ def test_hints_are_proved_like_all_others() -> None:
 def test_a_failing_measure_at_a_member_is_a_number_that_vanishes() -> None:
     found = AuditReport(
         measurements={"trace": Measurement("trace", 2.0, 0.0, "rounding", True)}, changes=(), orbits=(), laws=(), rejected=(),
-        loss=1.0, gradient_norm=0.0, parameters=3, rows=2, classifies=True, members=1, checks=1,
+        loss=1.0, gradient_norm=0.0, descent=0.0, parameters=3, rows=2, classifies=True, members=1, checks=1,
     )  # fmt: skip
     assert found.verdicts == {"trace": "not tested"}
     assert math.isclose(found.range("trace")[0], 2.0)

@@ -55,7 +55,7 @@ def test_the_same_function_in_other_coordinates_is_recognised() -> None:
     assert found.function.relation == "same"
     assert found.flatter is None
     assert found.votes == ()
-    assert found.verdict.startswith("the first and the second are the same function")
+    assert found.verdict.startswith("the first and the second are the same function on these rows")
     by = {d.measure: d for d in found.differences}
     assert by["trace"].resolved
     assert by["trace"].basis == "coordinates"
@@ -153,6 +153,16 @@ def test_coordinates_alone_convince_nobody() -> None:
     assert found.verdict.startswith("Refused to call one of them flatter: no measure of flatness here is invariant")
     assert any(d.resolved and d.flatter is not None for d in found.differences)
     assert any("changing the coordinates of the first alone goes as far" in line for line in found.to_dict()["details"])
+
+
+def test_where_symmetries_may_have_been_missed_only_what_none_can_move_counts() -> None:
+    """Both are judged by permutations alone, which leave the trace alone; ReLU rescalings are not looked for."""
+    found = compared(trained(60), trained(400), ["trace", "w_hessian_w"], kinds=["unit-permutation"])
+    by = {d.measure: d for d in found.differences}
+    assert by["trace"].basis == "survived"
+    assert by["w_hessian_w"].basis == "invariant"
+    assert {d.measure for d in found.votes} <= {"w_hessian_w"}
+    assert any("only measures that no linear one can move count" in line for line in found.to_dict()["cautions"])
 
 
 def difference(measure: str, gap: float, error: float, basis: str = "invariant") -> Difference:

@@ -118,8 +118,9 @@ def left_out(orbit: Orbit, loss: float, losses: Sequence[float]) -> str | None:
     if orbit.preserves == "probabilities":
         return f"the loss sees what the softmax would hide: it changes by {change:.1e}, relative; not used"
     return (
-        f"proved on the first rows, but over all rows a member changes the loss by {change:.1e}, relative; not used. Rows "
-        "that the proof did not see take another path through the model"
+        f"keeps the outputs on the rows of the proof, but a member changes the loss over all rows by {change:.1e}, relative; "
+        "not used. Either the loss sees more than the outputs (a penalty on the weights, say), or other rows take another path "
+        "through the model"
     )
 
 

@@ -16,6 +16,7 @@ from flatminima.audit.report import AuditReport
 from flatminima.audit.single import Clock, Progress, audit
 from flatminima.batches import batches
 from flatminima.measures import MEASURES, MeasureOptions
+from flatminima.measures.invariance import LINEAR
 from flatminima.objective import LossFn, ObjectiveError, unwrapped
 
 Basis = Literal["invariant", "nearly invariant", "survived", "coordinates", "undecided", "broken", "not tested"]
@@ -187,6 +188,11 @@ def compare_minima(
     return MinimaComparison(names, (a, b), function, tuple(_difference(n, a, b) for n in shared))
 
 
+def invariant_beyond(name: str) -> bool:
+    """Whether a measure is invariant under every linear symmetry, those included that were not found."""
+    return all(MEASURES[name].invariance(kind) in ("invariant", "almost") for kind in LINEAR)
+
+
 def _same_architecture(first: nn.Module, second: nn.Module) -> None:
     shapes = [
         {n: tuple(p.shape) for n, p in unwrapped(model)[0].named_parameters(remove_duplicate=False)}
@@ -214,6 +220,8 @@ def _difference(name: str, a: AuditReport, b: AuditReport) -> Difference:
     flatter = None if not resolved or not direction else int(gap * direction < 0)
     low, high = a.range(name)
     basis = max((_BASIS[report.verdicts[name]] for report in (a, b)), key=_BASES.index)
+    if _BASES.index(basis) < _BASES.index("survived") and not invariant_beyond(name) and (a.partial or b.partial):
+        basis = "survived"  # a symmetry that was not looked for may move it
     return Difference(
         name, one.value, other.value, gap, error, resolved, flatter, basis,
         within_orbit=other.value <= high if gap > 0 else other.value >= low,

@@ -20,13 +20,13 @@ def verdict(found: MinimaComparison) -> str:
         rounded = function.relation == "same within rounding"
         why = f", which rounding their weights explains ({number(function.rounding, 1)})" if rounded else ""
         return (
-            f"{a} and {b} are the same function: outputs agree to {number(function.max_change, 1)} of the largest{why}. "
-            "Every difference between them is coordinates; neither is flatter."
+            f"{a} and {b} are the same function on these rows: outputs agree to {number(function.max_change, 1)} of the "
+            f"largest{why}. Every difference between them is coordinates; neither is flatter."
         )
     if function.relation == "same probabilities":
         return (
-            f"{a} and {b} give the same probabilities: their outputs differ by one number a row, which the softmax does not "
-            "see. Every difference between them is coordinates; neither is flatter."
+            f"{a} and {b} give the same probabilities on these rows: their outputs differ by one number a row, which the "
+            "softmax does not see. Every difference between them is coordinates; neither is flatter."
         )
     if function.relation == "same up to temperature":
         return (
@@ -85,6 +85,10 @@ def cautions(found: MinimaComparison) -> list[str]:
         lines.append(
             f"The losses differ ({number(losses[0])} and {number(losses[1])}): under cross-entropy a better fit alone makes "
             "most curvature smaller. Compare minima at equal training loss."
+        )
+    if any(audit.partial for audit in found.audits):
+        lines.append(
+            "Not every kind of symmetry was looked for, or not everywhere: only measures that no linear one can move count."
         )
     lines.append("The differences are on these rows; whether the flatter one predicts better is another question.")
     for index, audit in enumerate(found.audits):

@@ -13,6 +13,7 @@ from flatminima.audit.law import TraceLaw
 from flatminima.audit.orbit import Orbit
 from flatminima.audit.repair import Repair, repair_of
 from flatminima.measures import MEASURES, Measurement
+from flatminima.symmetries.search import INPUTS_LIKE_THE_EXAMPLE
 
 Verdict = Status | Literal["not tested", "not applicable"]
 
@@ -29,12 +30,15 @@ class AuditReport:
         rejected: ``(site, reason)`` of what was looked at and refused, or not analysed.
         loss: at the network.
         gradient_norm: at the network; 0 at a minimum.
+        descent: by how much the best step along the gradient would lower the loss, as a share of it, to second order; 0 at a
+            minimum, infinite where the curvature along the gradient is not positive.
         parameters: of the objective.
         rows: of the data.
         classifies: whether the targets are classes.
         members: random members per symmetry, for measures that are not declared invariant under it.
         checks: the same, for those that are.
         defined: all registered measures that apply here, measured or not.
+        kinds: of symmetry that were looked for; ``None``: all.
         notes: what a reader of the numbers must know.
         cost: in gradient evaluations.
         times: part -> seconds of the clock; not part of the result.
@@ -47,12 +51,14 @@ class AuditReport:
     rejected: tuple[tuple[str, str], ...]
     loss: float
     gradient_norm: float
+    descent: float
     parameters: int
     rows: int
     classifies: bool
     members: int
     checks: int
     defined: tuple[str, ...] = ()
+    kinds: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
     cost: float = 0.0
     times: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
@@ -61,6 +67,16 @@ class AuditReport:
     def coordinates(self) -> tuple[str, ...]:
         """Kinds that change no output; a shift of all logits or a change of temperature is not among them."""
         return tuple(orbit.kind for orbit in self.orbits if orbit.function_preserving)
+
+    @property
+    def unanalysed(self) -> tuple[tuple[str, str], ...]:
+        """``(site, reason)`` of parts of the model in which symmetries may have been missed."""
+        return tuple((site, reason) for site, reason in self.rejected if _not_analysed(site, reason))
+
+    @property
+    def partial(self) -> bool:
+        """Whether the network may have kinds of symmetry that were not looked for, or could not be found."""
+        return self.kinds is not None or bool(self.unanalysed)
 
     @property
     def proofs(self) -> dict[str, float]:
@@ -127,6 +143,7 @@ class AuditReport:
             "notes": list(self.notes),
             "loss": self.loss,
             "gradient_norm": self.gradient_norm,
+            "descent": self.descent,
             "parameters": self.parameters,
             "rows": self.rows,
             "measures": {name: self._measure_fields(name) for name in self.measurements},
@@ -167,6 +184,12 @@ class AuditReport:
                 "same_intention": repair.same_intention,
             },
         }  # fmt: skip
+
+
+def _not_analysed(site: str, reason: str) -> bool:
+    if INPUTS_LIKE_THE_EXAMPLE in reason:
+        return False
+    return site == "model" or "control flow" in reason or "was not analysed" in reason
 
 
 def _orbit_fields(orbit: Orbit) -> dict[str, Any]:

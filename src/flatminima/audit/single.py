@@ -102,7 +102,7 @@ def audit(
         shown = base | bench.ascended_again(base)
         defined = bench.applicable(MEASURES)
         with bench.lifted():
-            slope = float(bench.objective.gradient().norm())
+            slope, descent = _slope(bench)
     tested = [name for name in names if base[name].applies]
 
     def count(symmetry: Symmetry) -> int:
@@ -146,12 +146,14 @@ def audit(
         rejected=tuple(rejected),
         loss=bench.loss,
         gradient_norm=slope,
+        descent=descent,
         parameters=bench.objective.n,
         rows=bench.objective.rows,
         classifies=bench.classifies,
         members=members,
         checks=checks,
         defined=tuple(defined),
+        kinds=None if wanted is None else tuple(wanted),
         notes=(*bench.notes, note) if note else bench.notes,
         cost=cost,
         times=clock.seconds,
@@ -186,6 +188,16 @@ def _check(kinds: list[str] | None, max_scale: float, **counts: int) -> None:
     for kind in kinds or ():
         if kind not in KINDS:
             raise ValueError(unknown("kind of symmetry", kind, KINDS))
+
+
+def _slope(bench: Bench) -> tuple[float, float]:
+    """Length of the gradient, and the share of the loss that the best step along it would take away, to second order."""
+    gradient = bench.objective.gradient()
+    squared, curvature = float(gradient @ gradient), float(gradient @ bench.objective.hvp(gradient))
+    if not squared:
+        return 0.0, 0.0
+    gain = squared**2 / (2 * curvature) if curvature > 0 else math.inf
+    return math.sqrt(squared), gain / abs(bench.loss) if bench.loss else math.inf
 
 
 def _due(name: str, symmetry: Symmetry, members: int, checks: int) -> int:

@@ -25,6 +25,9 @@ GENERAL = (
     "networks may compute the same without a symmetry that leads from one to the other.",
 )
 
+#: Share of the loss that a step along the gradient may take away at what is called a minimum.
+NO_MINIMUM = 0.05
+
 #: What is said of symmetries that keep less than the outputs.
 NO_VERDICT = "no verdict rests on it"
 
@@ -52,7 +55,9 @@ def answer(report: AuditReport) -> str:
     if moved:
         ratios = [report.largest_ratio(name) or 1.0 for name in moved]
         finite = [ratio for ratio in ratios if math.isfinite(ratio)]
-        how = [f"moved by up to {factor(max(finite))}"] * bool(finite) + ["changed sign"] * (len(finite) < len(ratios))
+        how = [f"moved by up to {factor(max(finite))}"] * bool(finite) + ["changed sign or vanished"] * (
+            len(finite) < len(ratios)
+        )
         change = max(o.max_change for o in report.orbits if o.function_preserving)
         clauses.append(
             f"{len(moved)} depend on coordinates ({some(labels_of(moved))}): they {' or '.join(how)} while the "
@@ -161,7 +166,21 @@ def cautions(report: AuditReport) -> list[str]:
         for found in report.laws
         if not found.agrees
     ]
-    lines += [f"Not analysed at {site}: {reason}." for site, reason in report.rejected if _not_analysed(site, reason)]
+    if report.descent > NO_MINIMUM:
+        gain = (
+            f"would lower the loss by about {number(100 * report.descent, 2)} %"
+            if math.isfinite(report.descent)
+            else "meets no positive curvature"
+        )
+        lines.append(
+            f"This is no minimum: a step along the gradient {gain}. Curvature and sharpness here are not those of a minimum."
+        )
+    lines += [f"Not analysed at {site}: {reason}." for site, reason in report.unanalysed]
+    if report.coordinates and all(o.symmetry.orthogonal for o in report.orbits if o.function_preserving):
+        lines.append(
+            f"All changes of coordinates that were found ({join(report.coordinates)}) keep distances: that a number survives "
+            "them says little."
+        )
     for orbit in report.orbits:
         if not orbit.symmetry.exact:
             lines.append(
@@ -297,7 +316,3 @@ def some(names: Sequence[str], shown: int = 6) -> str:
 
 def _capital(label: str) -> str:
     return label[:1].upper() + label[1:] if label[1:2].isalpha() else label
-
-
-def _not_analysed(site: str, reason: str) -> bool:
-    return site == "model" or "control flow" in reason

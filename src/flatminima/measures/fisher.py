@@ -5,13 +5,13 @@ from __future__ import annotations
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.hessian import quadratic_form
 from flatminima.measures.invariance import CHANGES_RAY, KEEPS_RAY, NEARLY
-from flatminima.measures.outputs import one_row
+from flatminima.measures.outputs import few_rows
 from flatminima.objective import Objective
 
 
 def _why_not(objective: Objective) -> str | None:
     try:
-        one_row(objective)
+        few_rows(objective)
     except NotApplicableError as error:
         return str(error) if objective.process_group is None else None  # products add up over processes
     return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from flatminima.measures import scales
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.invariance import CHANGES_DISTANCES, CHANGES_RATIOS, KEEPS_DISTANCES, KEEPS_RATIOS, NEARLY
-from flatminima.measures.outputs import class_axis, one_row
+from flatminima.measures.outputs import class_axis, few_rows
 from flatminima.measures.sharpness import Ball, average, worst
 from flatminima.objective import LossFn, NonFiniteLossError, Objective
 
@@ -19,7 +19,7 @@ from flatminima.objective import LossFn, NonFiniteLossError, Objective
 def why_not_normalised(objective: Objective) -> str | None:
     """Why logits cannot be normalised, or ``None``."""
     try:
-        class_axis(*one_row(objective))
+        class_axis(*few_rows(objective))
     except NotApplicableError as error:
         return str(error)
     return None
@@ -43,7 +43,7 @@ def logit_normalised(objective: Objective) -> Objective:
         >>> abs(g.loss(f.point()) - g.loss(10 * f.point())) < 1e-5
         True
     """
-    axis = class_axis(*one_row(objective))
+    axis = class_axis(*few_rows(objective))
     loss_fn: LossFn | None = objective.loss_fn
     assert loss_fn is not None
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.invariance import FUNCTION_PRESERVING, NEARLY
 from flatminima.measures.norms import CHANGES_SPECTRUM, KEEPS_SPECTRUM, spectral_product_of, why_no_matrices
-from flatminima.measures.outputs import class_axis, forward, forward_rounding, one_row
+from flatminima.measures.outputs import class_axis, few_rows, forward, forward_rounding
 from flatminima.objective import Objective
 
 _KEEPS = FUNCTION_PRESERVING - NEARLY
@@ -22,7 +22,7 @@ _CHANGES = frozenset({"temperature"})
 def why_no_margins(objective: Objective) -> str | None:
     """Why the rows have no margins, or ``None``. Cost: one forward pass of one row."""
     try:
-        _rows(objective, *one_row(objective))
+        _rows(objective, *few_rows(objective))
     except NotApplicableError as error:
         return str(error)
     return None
@@ -48,7 +48,7 @@ def margins(objective: Objective) -> Tensor:
         >>> margins(f).tolist()
         [2.0, -1.0]
     """
-    _rows(objective, *one_row(objective))
+    _rows(objective, *few_rows(objective))
     ignored = getattr(objective.loss_fn, "ignore_index", -100)
     found = []
     for seen in forward(objective):

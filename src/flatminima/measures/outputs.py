@@ -46,19 +46,19 @@ def why_no_outputs(objective: Objective) -> str | None:
     return None
 
 
-def one_row(objective: Objective) -> tuple[Tensor, Any]:
-    """Outputs and targets of the first row.
+def few_rows(objective: Objective) -> tuple[Tensor, Any]:
+    """Outputs and targets of the first two rows: batch norm in training has no statistics of one.
 
     Raises:
         NotApplicableError: the model computes its own loss, returns no tensor, or its data are spread over processes.
 
-    Cost: one forward pass of one row.
+    Cost: one forward pass of two rows.
     """
     reason = why_no_outputs(objective)
     if reason is not None:
         raise NotApplicableError(reason)
     index, piece, _ = next(iter(objective._shares()))
-    few = piece.cut(0, 1)
+    few = piece.cut(0, min(2, piece.rows))
     with torch.no_grad():
         try:
             outputs = objective._forward.logits(index, few, objective._values(None))
@@ -134,7 +134,7 @@ def last_layer(objective: Objective) -> LastLayer:
     Raises:
         NotApplicableError: the model ends otherwise, or the layer is used twice; the message says what was found.
 
-    Cost: one forward pass of one row.
+    Cost: one forward pass of two rows.
     """
     calls: list[tuple[str, Tensor]] = []
     handles = [
@@ -143,7 +143,7 @@ def last_layer(objective: Objective) -> LastLayer:
         if isinstance(module, nn.Linear)
     ]
     try:
-        outputs, _ = one_row(objective)
+        outputs, _ = few_rows(objective)
     finally:
         for handle in handles:
             handle.remove()

@@ -48,6 +48,8 @@ FINDERS = (
 )  # fmt: skip
 """Every family of symmetries that is looked for."""
 
+#: How a decision by integer inputs, such as a padding mask, is reported: what was found holds for such inputs.
+INPUTS_LIKE_THE_EXAMPLE = "analysed for inputs like the example"
 _ROWS = 4  # of the example, for reading the model; the proofs see all of it
 
 
@@ -231,7 +233,7 @@ def _not_analysed(network: Network) -> Iterable[tuple[str, str]]:
             line = f"control flow depends on values at `{branch.line}`"
             yield where, f"{line}: only the insides of its parts were analysed, and nothing that passes between them"
         elif branch.depends & CHOICE:
-            yield where, f"`{branch.line}` depends on integer inputs: analysed for inputs like the example"
+            yield where, f"`{branch.line}` depends on integer inputs: {INPUTS_LIKE_THE_EXAMPLE}"
     yield from network.flow.unread
     for name in network.flow.parameters.numbers:
         if not network.times_used(name) and name not in dict(network.flow.unread):
