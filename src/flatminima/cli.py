@@ -29,7 +29,8 @@ from flatminima.report.terminal import audit_table, compare_table, measurement_t
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
 from flatminima.study.measure_settings import MATRICES
-from flatminima.study.settings import DEFAULT_EPOCHS, METHODS, CompareSettings, SettingsError
+from flatminima.study.methods import AVERAGES, OPTIMIZERS
+from flatminima.study.settings import DEFAULT_EPOCHS, CompareSettings, SettingsError
 from flatminima.study.store import StoreError, write_json, write_text
 from flatminima.study.target import Target, TargetError, first_rows, load_target
 
@@ -76,7 +77,11 @@ def compare(
     data: Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")] = _DEFAULTS.data,
     model: Annotated[str, typer.Option(help=f"Network: {', '.join(MODELS)}.")] = _DEFAULTS.model,
     methods: Annotated[
-        str, typer.Option(help=f"Comma-separated; the others are compared to the first. Known: {', '.join(METHODS)}.")
+        str,
+        typer.Option(
+            help=f"Comma-separated; the others are compared to the first. Optimisers: {', '.join(OPTIMIZERS)}. Averages: "
+            f"{', '.join(AVERAGES)}. Both: OPTIMISER+AVERAGE, as in asam+ema. all: each optimiser and each average."
+        ),
     ] = ",".join(_DEFAULTS.methods),
     seeds: Annotated[int, typer.Option(help="Runs per method.")] = _DEFAULTS.seeds,
     epochs: Annotated[
@@ -93,7 +98,9 @@ def compare(
     schedule: Annotated[
         str, typer.Option(help="Learning rate: constant (as SWAD assumes) or cosine.")
     ] = _DEFAULTS.schedule,
-    rho: Annotated[float, typer.Option(help="Radius of SAM, and of SAM sharpness.")] = _DEFAULTS.rho,
+    rho: Annotated[
+        float, typer.Option(help="Radius of SAM and its variants (ASAM: ten times it), and of SAM sharpness.")
+    ] = _DEFAULTS.rho,
     tolerance: Annotated[
         float, typer.Option(help="Rise of the validation loss that ends SWAD's valley.")
     ] = _DEFAULTS.tolerance,

@@ -9,13 +9,7 @@ from typing import Any
 from flatminima.data import DATASETS
 from flatminima.models import MODELS
 from flatminima.names import unknown
-
-METHODS: dict[str, str] = {
-    "sgd": "SGD with momentum; the last iterate",
-    "sam": "sharpness-aware minimisation around SGD; the last iterate",
-    "swad": "SGD, averaged densely over the valley of the validation loss",
-    "sam+swad": "SAM, averaged densely over the valley of the validation loss",
-}
+from flatminima.study.methods import METHODS, expand, parse
 
 
 class SettingsError(ValueError):
@@ -29,18 +23,19 @@ class CompareSettings:
     Attributes:
         data: data set name.
         model: reference network name.
-        methods: what is compared; the first is the one the others are compared to.
+        methods: what is compared, by the names of :mod:`flatminima.study.methods`; ``"all"`` stands for every single method
+            that the model allows. The first is the one the others are compared to.
         seeds: runs per method, with seeds 0 .. seeds-1. A seed fixes initial weights and data order, the same for all methods.
         epochs: passes of SGD over the training set; exclusive with ``steps``.
         steps: optimiser steps of SGD; exclusive with ``epochs``.
         budget: ``"gradients"`` gives every method the same number of gradient evaluations (SAM then takes half the steps),
-            ``"steps"`` the same number of steps.
+            ``"steps"`` the same number of steps. A gradient evaluation is one of all rows of a step.
         batch_size: rows a step.
-        lr: learning rate.
+        lr: learning rate of every method but bSAM, which brings its own (:mod:`flatminima.study.steps`).
         momentum: of SGD.
         weight_decay: of SGD.
-        schedule: ``"constant"`` (what SWAD assumes) or ``"cosine"`` to zero, for all methods.
-        rho: radius of SAM.
+        schedule: ``"constant"`` (what SWAD assumes) or ``"cosine"`` to zero, for all methods, over the budget spent.
+        rho: radius of SAM and its variants; ASAM takes ten times of it, its customary ratio, and bSAM its own.
         tolerance: of SWAD, the relative rise of the validation loss that ends the valley.
         train_size: rows of the training split to keep; ``None`` keeps all.
         data_seed: of the split; the same for all runs.
@@ -77,10 +72,11 @@ class CompareSettings:
         if self.model not in MODELS:
             raise SettingsError(unknown("model", self.model, MODELS))
         if not self.methods:
-            raise SettingsError("--methods is empty: name at least one of " + ", ".join(METHODS))
-        for method in self.methods:
-            if method not in METHODS:
-                raise SettingsError(unknown("method", method, METHODS))
+            raise SettingsError("--methods is empty: name at least one of " + ", ".join(METHODS) + ", or all")
+        try:
+            object.__setattr__(self, "methods", expand(self.methods, self.model))
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
         if len(set(self.methods)) < len(self.methods):
             raise SettingsError(f"--methods names a method twice: {', '.join(self.methods)}")
         if self.epochs is not None and self.steps is not None:
@@ -120,7 +116,7 @@ class CompareSettings:
         return cls(**{**values, "methods": tuple(values["methods"])})
 
     def sgd_steps(self, train_rows: int) -> int:
-        """Optimiser steps of a method with one gradient a step; even, so that half of it is a whole number."""
+        """Optimiser steps of a method with one gradient a step, and the gradient evaluations of the budget; even."""
         if self.steps is not None:
             total = self.steps
         else:
@@ -129,26 +125,22 @@ class CompareSettings:
         return total + total % 2
 
     def method_steps(self, method: str, train_rows: int) -> int:
-        """Optimiser steps of a method under the budget."""
+        """Optimiser steps of a method under the budget; the expected ones where a variant decides from step to step."""
         steps = self.sgd_steps(train_rows)
-        return steps // gradients_per_step(method) if self.budget == "gradients" else steps
+        return int(steps / parse(method).usual_cost) if self.budget == "gradients" else steps
 
     def command(self) -> str:
         """The command line that makes these results."""
         default = CompareSettings()
         words = ["flatminima compare"]
-        for name, value in self.to_dict().items():
+        methods = ["all"] if self.methods == expand(["all"], self.model) else list(self.methods)
+        for name, value in {**self.to_dict(), "methods": methods}.items():
             if name in ("data", "model", "methods", "seeds") or value != default.to_dict()[name]:
                 words.append(f"{_flag(name)} {','.join(value) if isinstance(value, list) else value}")
         return " ".join(words)
 
 
 DEFAULT_EPOCHS = 60
-
-
-def gradients_per_step(method: str) -> int:
-    """Gradient evaluations a step of this method costs."""
-    return 2 if "sam" in method.split("+") else 1
 
 
 def _flag(name: str) -> str:
