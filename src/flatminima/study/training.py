@@ -21,6 +21,7 @@ from flatminima.study.steps import Steps
 EVALUATIONS = 50  # of the validation loss in a run: the SWAD specification asks for one every 1-2 % of the steps
 MONITOR_ROWS = 2000  # of the validation split, for those evaluations
 _CHUNK = 1024
+_PIECE = 256  # rows of a forward pass: activations that stay in the cache, twice as fast as a whole chunk for pictures
 
 
 @dataclass
@@ -77,7 +78,7 @@ def evaluate(model: nn.Module, split: TensorSplit, device: torch.device) -> tupl
     loss, correct = 0.0, 0
     with torch.no_grad():
         for x, y in zip(split.x.split(_CHUNK), split.y.split(_CHUNK), strict=True):
-            logits = model(x.to(device))
+            logits = torch.cat([model(piece.to(device)) for piece in x.split(_PIECE)])
             loss += float(F.cross_entropy(logits.double(), y.to(device), reduction="sum"))
             correct += int((logits.argmax(1) == y.to(device)).sum())
     model.train(was_training)
