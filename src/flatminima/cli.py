@@ -25,6 +25,7 @@ from flatminima.objective import SECOND_ORDER, NonFiniteLossError, Objective, Ob
 from flatminima.protocols import reproduce_factorization
 from flatminima.report import render
 from flatminima.report.factorization_page import render_factorization
+from flatminima.report.markdown import compare_markdown
 from flatminima.report.terminal import audit_table, compare_table, measurement_tables
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
@@ -158,6 +159,7 @@ def compare(
         sys.exit(130)
     page = out / "report.html"
     write_text(page, render(results))
+    write_text(out / "table.md", compare_markdown(results))
     _out.print(compare_table(results))
     _out.print(str((out / "results.json").resolve()), highlight=False, markup=False, soft_wrap=True)
     _out.print(str(page.resolve()), highlight=False, markup=False, soft_wrap=True)

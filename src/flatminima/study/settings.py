@@ -133,7 +133,9 @@ class CompareSettings:
         """The command line that makes these results."""
         default = CompareSettings()
         words = ["flatminima compare"]
-        methods = ["all"] if self.methods == expand(["all"], self.model) else list(self.methods)
+        everything = expand(["all"], self.model)
+        count = len(everything)
+        methods = ["all", *self.methods[count:]] if self.methods[:count] == everything else list(self.methods)
         for name, value in {**self.to_dict(), "methods": methods}.items():
             if name in ("data", "model", "methods", "seeds") or value != default.to_dict()[name]:
                 words.append(f"{_flag(name)} {','.join(value) if isinstance(value, list) else value}")
