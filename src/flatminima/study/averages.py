@@ -49,7 +49,9 @@ class Averaging:
             self.options = {"timescale": max(1.0, EMA_SHARE * steps)}
             self._average = EMA(model, **self.options)
         elif method.average == "lawa":
-            self.options = {"k": LAWA_CHECKPOINTS, "every": epoch, "start": min(epoch, steps) - 1}
+            # However a variant decides, it makes so many steps: the average is never empty.
+            surely = max(1, settings.sgd_steps(rows) // method.most_cost)
+            self.options = {"k": LAWA_CHECKPOINTS, "every": epoch, "start": min(epoch, surely) - 1}
             self._average = LAWA(model, **self.options)
         elif method.average == "tail":
             self.options = {"fraction": TAIL_FRACTION}
