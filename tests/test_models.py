@@ -18,6 +18,7 @@ SMALL: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("mlp", (1, 8, 8), {"hidden": (5, 4)}),
     ("convnet", (1, 8, 8), {"channels": (3, 4), "hidden": 5}),
     ("convnet", (2, 9, 12), {"channels": (3, 4), "hidden": 5, "norm": "batch"}),
+    ("convnet-bn", (1, 8, 8), {"channels": (3, 4), "hidden": 5}),
     ("resnet18", (3, 8, 8), {"width": 2}),
     ("vit", (1, 8, 8), {"dim": 8, "depth": 2, "heads": 2}),
 ]
@@ -28,7 +29,7 @@ def batch(shape: tuple[int, ...], rows: int = 4, dtype: torch.dtype = torch.floa
 
 
 def test_the_registry_describes_every_name() -> None:
-    assert list(MODELS) == ["mlp", "convnet", "resnet18", "vit"]
+    assert list(MODELS) == ["mlp", "convnet", "convnet-bn", "resnet18", "vit"]
     assert all(MODELS.values())
 
 
