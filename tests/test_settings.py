@@ -37,6 +37,7 @@ from flatminima.study.settings import DEFAULT_EPOCHS, CompareSettings, SettingsE
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"train_size": 0}, "--train-size must be at least 1, got 0"),
         ({"data_seed": -1}, "--data-seed must be at least 0, got -1"),
+        ({"monitor_rows": 0}, "--monitor-rows must be at least 1, got 0"),
         ({"measure_rows": 0}, "--measure-rows must be at least 1, got 0"),
         ({"audit_rows": 0}, "--audit-rows must be at least 1, got 0"),
         ({"audit_members": -1}, "--audit-members must be at least 0, got -1"),
@@ -75,7 +76,7 @@ def test_settings_survive_json_and_their_command(
     said = {
         flag.removeprefix("--").replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)
     }
-    kinds = {**CompareSettings().to_dict(), "steps": 0, "epochs": 0, "train_size": 0}
+    kinds = {**CompareSettings().to_dict(), "steps": 0, "epochs": 0, "train_size": 0, "monitor_rows": 0}
     read = {name: value.split(",") if name == "methods" else type(kinds[name])(value) for name, value in said.items()}
     assert CompareSettings.from_dict({**CompareSettings().to_dict(), **read}) == settings
 

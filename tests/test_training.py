@@ -137,6 +137,14 @@ def test_swad_reads_the_validation_split_and_nothing_else_does(splits: Splits) -
     assert not torch.equal(flat(run(settings, "swad", splits)[0]), flat(run(settings, "swad", other)[0]))
 
 
+def test_the_monitored_rows_are_the_first_of_the_validation_split(splits: Splits) -> None:
+    model, record = run(replace(SETTINGS, monitor_rows=10), "sgd", splits)
+    few = TensorSplit(splits.validation.x[:10], splits.validation.y[:10])
+    value, accuracy = evaluate(model, few, torch.device("cpu"))
+    assert (record.history["validation_loss"][-1], record.history["validation_accuracy"][-1]) == (value, accuracy)
+    assert record.history["validation_loss"] != run(SETTINGS, "sgd", splits)[1].history["validation_loss"]
+
+
 def test_the_test_split_is_never_read(splits: Splits) -> None:
     blind = replace(splits, test=TensorSplit(torch.full_like(splits.test.x, math.nan), splits.test.y))
     settings = replace(SETTINGS, steps=12)

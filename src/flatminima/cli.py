@@ -107,6 +107,9 @@ def compare(
     ] = _DEFAULTS.tolerance,
     train_size: Annotated[int | None, typer.Option(help="Training rows to keep (default all).")] = None,
     data_seed: Annotated[int, typer.Option(help="Seed of the split, the same for all runs.")] = _DEFAULTS.data_seed,
+    monitor_rows: Annotated[
+        int | None, typer.Option(help="Validation rows behind the loss that SWAD watches (default 2000).")
+    ] = None,
     measure_rows: Annotated[int, typer.Option(help="Training rows the measures see.")] = _DEFAULTS.measure_rows,
     audit_rows: Annotated[int, typer.Option(help="Training rows the audit sees.")] = _DEFAULTS.audit_rows,
     audit_members: Annotated[
@@ -123,7 +126,7 @@ def compare(
         data=data, model=model, methods=tuple(m.strip() for m in methods.split(",") if m.strip()), seeds=seeds,
         epochs=epochs, steps=steps, budget=budget, batch_size=batch_size, lr=lr, momentum=momentum,
         weight_decay=weight_decay, schedule=schedule, rho=rho, tolerance=tolerance, train_size=train_size,
-        data_seed=data_seed, measure_rows=measure_rows, audit_rows=audit_rows, audit_members=audit_members,
+        data_seed=data_seed, monitor_rows=monitor_rows, measure_rows=measure_rows, audit_rows=audit_rows, audit_members=audit_members,
         device=str(_device(device)),
     )  # fmt: skip
     if workers is not None and workers < 1:

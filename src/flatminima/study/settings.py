@@ -39,6 +39,7 @@ class CompareSettings:
         tolerance: of SWAD, the relative rise of the validation loss that ends the valley.
         train_size: rows of the training split to keep; ``None`` keeps all.
         data_seed: of the split; the same for all runs.
+        monitor_rows: validation rows behind the loss that SWAD watches, evaluated 50 times a run; ``None`` takes 2,000.
         measure_rows: training rows the measures see.
         audit_rows: training rows the audit sees.
         audit_members: random reparameterisations per symmetry; 0 leaves the audit out.
@@ -61,6 +62,7 @@ class CompareSettings:
     tolerance: float = 0.3
     train_size: int | None = None
     data_seed: int = 0
+    monitor_rows: int | None = None
     measure_rows: int = 1000
     audit_rows: int = 128
     audit_members: int = 5
@@ -86,7 +88,7 @@ class CompareSettings:
                 raise SettingsError(unknown(f"--{name}", getattr(self, name), allowed))
         for name, least in (
             ("seeds", 1), ("epochs", 1), ("steps", 2), ("batch_size", 1), ("train_size", 1),
-            ("data_seed", 0), ("measure_rows", 1), ("audit_rows", 1), ("audit_members", 0),
+            ("data_seed", 0), ("monitor_rows", 1), ("measure_rows", 1), ("audit_rows", 1), ("audit_members", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:

@@ -19,7 +19,7 @@ from flatminima.study.settings import CompareSettings
 from flatminima.study.steps import Steps
 
 EVALUATIONS = 50  # of the validation loss in a run: the SWAD specification asks for one every 1-2 % of the steps
-MONITOR_ROWS = 2000  # of the validation split, for those evaluations
+MONITOR_ROWS = 2000  # of the validation split, for those evaluations, unless the settings say otherwise
 _CHUNK = 1024
 _PIECE = 256  # rows of a forward pass: activations that stay in the cache, twice as fast as a whole chunk for pictures
 
@@ -99,7 +99,8 @@ def _run(
     every = max(1, settings.method_steps(method, rows) // EVALUATIONS)
     steps = Steps(parse(method), settings, model, rows, seed)
     average = Averaging(parse(method), settings, model, rows)
-    monitor = TensorSplit(splits.validation.x[:MONITOR_ROWS], splits.validation.y[:MONITOR_ROWS])
+    seen = slice(0, settings.monitor_rows or MONITOR_ROWS)
+    monitor = TensorSplit(splits.validation.x[seen], splits.validation.y[seen])
     torch.manual_seed(seed)
     model.train()
     window: list[float] = []
