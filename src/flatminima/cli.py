@@ -126,8 +126,8 @@ def compare(
         data=data, model=model, methods=tuple(m.strip() for m in methods.split(",") if m.strip()), seeds=seeds,
         epochs=epochs, steps=steps, budget=budget, batch_size=batch_size, lr=lr, momentum=momentum,
         weight_decay=weight_decay, schedule=schedule, rho=rho, tolerance=tolerance, train_size=train_size,
-        data_seed=data_seed, monitor_rows=monitor_rows, measure_rows=measure_rows, audit_rows=audit_rows, audit_members=audit_members,
-        device=str(_device(device)),
+        data_seed=data_seed, monitor_rows=monitor_rows, measure_rows=measure_rows, audit_rows=audit_rows,
+        audit_members=audit_members, device=str(_device(device)),
     )  # fmt: skip
     if workers is not None and workers < 1:
         raise SettingsError(f"--workers must be at least 1, got {workers}")
