@@ -19,7 +19,7 @@ from rich.console import Console
 
 from flatminima.report import labels, panels, plots, run_plots, tables, terminal
 from flatminima.report.markdown import compare_markdown, markdown
-from flatminima.report.methods_table import MANY, flatness_table, methods_table, turned
+from flatminima.report.methods_table import MANY, flatness_table, methods_table, turned, without
 from flatminima.report.numbers import difference, factor, integer, plain, with_error
 from flatminima.report.page import render
 from report_fixture import HOSTILE, LAYER, MEASURES, UNIT, make_results
@@ -236,7 +236,7 @@ def test_a_row_per_method_equals_results() -> None:
     results = make_results(methods=MANY_METHODS, failed=(("ae-sam", 0),))
     rows = read(render(results)).tables["table-methods"][1:]
     for summary, row in zip(results["methods"], rows, strict=True):
-        name, n, gradients, steps, accuracy, versus, p, corrected = row
+        name, n, gradients, steps, accuracy, versus, p, corrected, loss = row
         assert name["text"] == labels.method(summary["method"])
         assert n["values"] == [summary["n"]]
         assert gradients["values"] == [summary["gradient_evaluations"]["mean"]]
@@ -244,6 +244,12 @@ def test_a_row_per_method_equals_results() -> None:
         assert steps["small"] == (f"{integer(least)} to {integer(most)}" if least < most else "")
         stat = summary["test_accuracy"]
         assert_shows(accuracy["text"], [100 * stat["mean"], 50 * (stat["high"] - stat["low"])])
+        assert_shows(
+            loss["text"],
+            [summary["test_loss"]["mean"], (summary["test_loss"]["high"] - summary["test_loss"]["low"]) / 2],
+        )
+        other = (summary["versus_first"] or {}).get("test_loss") or {"low": -1.0, "high": 1.0}
+        assert loss["small"].strip() == ("better" if other["high"] < 0 else "worse" if other["low"] > 0 else "")
         pair = (summary["versus_first"] or {}).get("test_accuracy")
         if pair is None:
             assert {versus["text"], p["text"], corrected["text"]} == {"–"}
@@ -290,7 +296,7 @@ def test_many_methods_are_rows_on_the_page_and_in_the_terminal() -> None:
         for row, column in zip(rows, zip(*(r[1:] for r in table.rows), strict=True), strict=True):
             assert [cell["text"] for cell in row[1:]] == [cell.text for cell in column]
     text = printed(terminal.compare_table(results), 200)
-    for table in (methods_table(results), flatness_table(results)):
+    for table in (without(methods_table(results), "n", "p"), flatness_table(results)):
         for row in table.rows:
             for cell in row:
                 assert cell.text in text

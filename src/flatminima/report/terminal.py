@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from flatminima.report import labels, measure_tables, tables
-from flatminima.report.methods_table import FLATNESS_LEGEND, LEGEND, MANY, flatness_table, methods_table
+from flatminima.report.methods_table import FLATNESS_LEGEND, LEGEND, MANY, flatness_table, methods_table, without
 from flatminima.report.tables import Cell, Table
 
 _STYLES = {"good": "green", "bad": "red", "": ""}
@@ -70,7 +70,8 @@ def compare_table(results: Mapping[str, Any]) -> RenderableType:
         parts += [Text(f"• {sentence}") for sentence in results.get(key) or []]
     parts.append(Text(""))
     if len(labels.methods(results)) > MANY:
-        for table, legend in ((methods_table(results), LEGEND), (flatness_table(results), FLATNESS_LEGEND)):
+        performance = without(methods_table(results), "n", "p")  # what fits; the page has all
+        for table, legend in ((performance, LEGEND), (flatness_table(results), FLATNESS_LEGEND)):
             if table:
                 parts += [rendered(table), Text(f"{legend}\n", style="dim")]
     else:
