@@ -66,7 +66,7 @@ def surroundings(document: Path) -> dict[str, Any]:
         "loss_fn": F.cross_entropy,
         "loader": [(x[:40], y[:40]), (x[40:], y[40:])],
         "epochs": 3,
-        "validation_loss": lambda network: float(F.cross_entropy(network(x), y)),
+        "validation_loss": lambda network: F.cross_entropy(network(x), y).item(),
         "x_train": x,
         "y_train": y,
         "hugging_face_model": OwnLoss(),
