@@ -11,7 +11,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-WHOLE = ("schema", "flatminima", "command", "settings", "budget", "answer", "details", "cautions", "data", "network", "methods")
+WHOLE = (
+    "schema",
+    "flatminima",
+    "command",
+    "settings",
+    "budget",
+    "answer",
+    "details",
+    "cautions",
+    "data",
+    "network",
+    "methods",
+)
 SCORES = ("method", "seed", "status", "failure", "steps", "gradient_evaluations", "swad", "average")
 SCORES += tuple(f"{split}_{score}" for split in ("train", "validation", "test") for score in ("loss", "accuracy"))
 
@@ -21,7 +33,8 @@ def compact(results: dict[str, Any]) -> dict[str, Any]:
     runs = []
     for run in results["runs"]:
         measures = {
-            name: {key: found[key] for key in ("value", "error", "converged")} for name, found in run["measures"].items()
+            name: {key: found[key] for key in ("value", "error", "converged")}
+            for name, found in run["measures"].items()
         }
         runs.append({key: run[key] for key in SCORES} | {"measures": measures})
     audit = {key: results["audit"][key] for key in ("max_ratio", "verdict", "members", "rows")}
