@@ -1,7 +1,7 @@
 """Draws flat-or-better.png from the json files beside it: ``python docs/examples/zoo/picture.py`` (needs Chromium).
 
-One panel per comparison: how much flatter than SGD a method's minimum is, by the elementwise-adaptive sharpness, which no
-rescaling of layers changes, against how much better it predicts. If flat meant better, the points would fall from left to right.
+One panel per comparison: how much flatter than SGD a minimum is, by the elementwise-adaptive sharpness, which no rescaling of
+layers changes, against how much better it predicts. If flat meant better, the points would fall from left to right.
 """
 
 from __future__ import annotations
