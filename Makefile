@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 
 # Real data sets, where a copy stands beside the checkout. Without one, flatminima uses its download cache.
@@ -21,8 +23,8 @@ help:
 	@echo "make test     ruff, mypy --strict and pytest"
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   rewrite the code as ruff wants it"
-	@echo "make bench    run the benchmarks, one file per claim"
-	@echo "make clean    remove .venv and the caches; results in runs/ stay"
+	@echo "make bench    install what the benchmarks compare with, and run them, one file per claim"
+	@echo "make clean    remove both environments and the caches; results in runs/ stay"
 
 env: $(VENV)/installed
 
@@ -56,9 +58,18 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: env
-	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
+# The libraries that the benchmarks compare with lie in an environment of their own, on top of the other: they bring a
+# torchvision along, and one that does not fit the build of torch keeps transformers, which tests need, from being imported.
+$(BENCH)/installed: $(VENV)/installed
+	@echo "installing the libraries that the benchmarks compare with into $(BENCH)"
+	@$(BIN)/python -m venv --without-pip $(BENCH)
+	@$(BIN)/python -c '$(SITE)' > "$$($(BENCH)/bin/python -c '$(SITE)')/below.pth"
+	@$(subst -m pip,-m pip --python $(BENCH)/bin/python,$(PIP)) --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+bench: $(BENCH)/installed
+	@for file in benchmarks/*.py; do echo "$$file"; $(BENCH)/bin/python $$file || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(BENCH) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -313,7 +313,7 @@ def test_resuming_keeps_box_hits_and_noise() -> None:
 def test_the_indicator_vectors() -> None:
     model, region, x, y, criterion, noise = toy()
     region.sample = lambda draws=1: noise  # type: ignore[method-assign]
-    found = probe(region, model, [(x, y)], criterion, draws=3)
+    found = region.probe(model, [(x, y)], criterion, draws=3)
     expected = VECTORS["objective"]["flatness"]
     assert found.clean == pytest.approx(VECTORS["objective"]["clean_loss"], abs=1e-12)
     assert found.mean_square == pytest.approx(expected["mean_square"], abs=1e-9)

@@ -81,15 +81,17 @@ def test_all_is_every_single_method_that_the_model_allows() -> None:
 def test_models_with_normalisation_layers_are_told_from_those_without() -> None:
     for name in models.MODELS:
         found = any(
-            isinstance(m, nn.LayerNorm | nn.BatchNorm1d | nn.BatchNorm2d)
+            isinstance(m, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d)
             for m in models.build(name, (3, 32, 32), 2, **({"width": 2} if name == "resnet18" else {})).modules()
         )
         assert has_normalisation(name) == found
-    assert [name for name in models.MODELS if has_normalisation(name)] == ["convnet-bn", "resnet18", "vit"]
+    assert [name for name in models.MODELS if has_normalisation(name)] == [
+        "convnet-bn", "resnet18", "mnist-cnn", "resnet-gn", "vit",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["sam-on", "sam-on+ema"])
 def test_sam_on_is_refused_where_it_has_nothing_to_move(name: str) -> None:
-    with pytest.raises(ValueError, match=r"model 'mlp' has none: choose --model convnet-bn or resnet18 or vit"):
+    with pytest.raises(ValueError, match=r"model 'mlp' has none: choose --model convnet-bn, .*, resnet-gn or vit"):
         expand(["sgd", name], "mlp")
     assert expand([name], "convnet-bn") == (name,)

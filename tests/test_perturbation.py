@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from flatminima import Perturbation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -142,3 +144,39 @@ def test_numbers_that_do_not_match_are_refused_before_anything_moves() -> None:
             away.move([w], directions, scale)
     assert not away.active
     assert w.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_tensors_that_change_shape_or_storage_between_moves(count: int) -> None:
+    tensors, away = [torch.arange(6.0).reshape(2, 3) for _ in range(count)], Perturbation()
+    for change in (
+        lambda t: t.data.view(3, 2),
+        lambda t: t.data.clone(),
+        lambda t: t.data[:2],
+        lambda t: t.data.double(),
+    ):
+        before = [t.clone() for t in tensors]
+        with away:
+            away.move(tensors, [torch.ones_like(t) for t in tensors], 0.5)
+            assert all(torch.equal(t, b + 0.5) for t, b in zip(tensors, before, strict=True))
+        assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+        for t in tensors:
+            t.data = change(t)
+
+
+def test_storage_that_is_swapped_while_displaced_is_restored_where_it_is_then() -> None:
+    tensors = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    with Perturbation() as away:
+        away.move(tensors, [torch.ones(2)] * 3, 0.5)
+        for t in tensors:
+            t.data = t.data.clone()
+    assert all(t.tolist() == [1.0, 1.0] for t in tensors)
+
+
+def test_what_autograd_has_seen_is_known_to_have_changed() -> None:
+    w = nn.Parameter(torch.ones(2))
+    loss = (w**2).sum()
+    with Perturbation() as away:
+        away.move([w], [torch.ones(2)], 0.5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import math
-import tempfile
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatminima import SAM
+from ranks_fixture import on_two_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-
-
-def _entry(rank: int, job: Callable[[int, Path], Any], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        torch.save(job(rank, Path(folder)), f"{folder}/{rank}.pt")
-    except BaseException:
-        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.destroy_process_group()
-
-
-def on_two_ranks(job: Callable[[int, Path], Any]) -> list[Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_entry, args=(job, folder), nprocs=2)
-        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -74,6 +53,11 @@ def replicated(rank: int, folder: Path) -> Any:
             x, y = mine(torch.bfloat16, step, rank)
             opt.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y))
         found[f"{variant} bfloat16"] = weights(model)
+        opt = SAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.3, variant=variant, model=model, master=True)
+        for step in range(50):
+            x, y = mine(torch.bfloat16, step, rank)
+            opt.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y))
+        found[f"{variant} bfloat16, masters"] = [*weights(model), *(m.detach() for m in opt.master_parameters())]
     # A gradient that is not finite on one rank alone, in the first pass alone, must neither hang nor part the replicas.
     model = nn.parallel.DistributedDataParallel(net())
     opt = SAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.3, variant="m-sam", model=model)
@@ -90,11 +74,6 @@ def replicated(rank: int, folder: Path) -> Any:
     return found
 
 
-@pytest.fixture(scope="module")
-def replicas() -> list[Any]:
-    return on_two_ranks(replicated)
-
-
 def one_process(per_rank: bool) -> list[Tensor]:
     model = net()
     opt = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), 0.3, variant="m-sam" if per_rank else "sam")
@@ -105,7 +84,7 @@ def one_process(per_rank: bool) -> list[Tensor]:
 
 
 def test_replicas_stay_bitwise_equal(replicas: list[Any]) -> None:
-    assert len(replicas[0]) == 11
+    assert len(replicas[0]) == 13
     for name, one in replicas[0].items():
         for a, b in zip(one, replicas[1][name], strict=True):
             assert torch.equal(a, b), name
@@ -157,7 +136,36 @@ def sharded(rank: int, folder: Path) -> Any:
             x, y = mine(torch.float64, 1, rank)
             opt.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y) * (math.inf if rank == 0 else 1.0))
             assert opt.skipped == 1
+    for layer in (model := net(torch.bfloat16)):
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    opt = SAM(torch.optim.AdamW(model.parameters(), lr=0.01), 0.3, model=model, master=True)
+    for step in range(10):
+        x, y = mine(torch.bfloat16, step, rank)
+        opt.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y))
+    pairs = zip(model.parameters(), opt.master_parameters(), strict=True)
+    found["masters"] = [(p.full_tensor().detach(), m.full_tensor().detach()) for p, m in pairs]
     return found
+
+
+def everything(rank: int, folder: Path) -> Any:
+    return replicated(rank, folder), sharded(rank, folder)
+
+
+@pytest.fixture(scope="module")
+def both() -> list[Any]:
+    return on_two_ranks(everything)  # the processes take longer to start than to do all of it
+
+
+@pytest.fixture
+def replicas(both: list[Any]) -> list[Any]:
+    return [found[0] for found in both]
+
+
+@pytest.fixture
+def shards(both: list[Any]) -> list[Any]:
+    return [found[1] for found in both]
 
 
 def whole(variant: str) -> tuple[list[Tensor], SAM, nn.Module]:
@@ -169,11 +177,6 @@ def whole(variant: str) -> tuple[list[Tensor], SAM, nn.Module]:
     return weights(model), opt, model
 
 
-@pytest.fixture(scope="module")
-def shards() -> list[Any]:
-    return on_two_ranks(sharded)
-
-
 @pytest.mark.parametrize(
     "variant", ["sam", "asam", "gsam", "wsam", "friendly-sam", "looksam", "ae-sam", "msam", "sa-gd"]
 )
@@ -182,6 +185,21 @@ def test_sharded_parameters_train_as_whole_ones(shards: list[Any], variant: str)
     for rank in range(2):
         for a, b in zip(shards[rank][variant], expected, strict=True):
             assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_sharded_half_precision_parameters_have_sharded_masters(shards: list[Any]) -> None:
+    model = net(torch.bfloat16)
+    opt = SAM(torch.optim.AdamW(model.parameters(), lr=0.01), 0.3, master=True)
+    for step in range(10):
+        x, y = rows(torch.bfloat16, step)
+        opt.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+    expected = opt.master_parameters()
+    for one, other, alone in zip(shards[0]["masters"], shards[1]["masters"], expected, strict=True):
+        assert torch.equal(one[0], one[1].bfloat16())
+        assert torch.equal(one[1], other[1])
+        assert torch.allclose(
+            one[1], alone, atol=0.02
+        )  # gradients of half batches are rounded, and averaged, in bfloat16
 
 
 def test_norm_radius_and_cosine_are_those_of_all_shards(shards: list[Any]) -> None:

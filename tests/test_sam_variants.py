@@ -17,6 +17,8 @@ from flatminima.optim.combine import SurrogateGap
 from flatminima.optim.directions import Adaptive
 from flatminima.optim.schedules import Every
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS, LR, RHO = 25, 0.2, 0.3
 Vectors = list[Tensor]
 Gradient = Callable[[Vectors], Vectors]
@@ -198,7 +200,7 @@ def test_sam_on_moves_normalisation_layers_alone() -> None:
     agree(found, expected)
     moved_far(found, plain)
     assert calls == 2 * STEPS
-    assert sum(c.numel() for c in opt._perturbation._clean) == 10  # and no copy of the rest is made
+    assert sum(c.numel() for c in opt._engine.perturbation._clean) == 10  # and no copy of the rest is made
 
 
 @pytest.mark.parametrize("draws", [1, 3])
@@ -520,6 +522,14 @@ def test_policies_compose() -> None:
     opt = SAM(sgd(model), RHO, direction=Adaptive(0.1, "adaptive"), when=Every(2), combine=SurrogateGap(0.2))
     found, _, _ = trained(opt, model)
     agree(found, w)
+
+
+def test_sam_on_needs_normalisation_layers_that_the_optimiser_has() -> None:
+    plain, normed = net(), net(norm_layer=True)
+    for base, model in ((sgd(plain), plain), (sgd(plain), normed)):
+        with pytest.raises(ValueError, match=r"in the given Sequential the optimiser has no parameter"):
+            SAM(base, variant="sam-on", model=model)
+        assert "rho" not in base.param_groups[0]
 
 
 def test_an_unknown_variant_is_answered_with_the_nearest() -> None:

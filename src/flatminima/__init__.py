@@ -2,25 +2,31 @@
 
 from flatminima import curvature, operators, problems
 from flatminima.audit import AuditReport, audit
-from flatminima.averaging import SWAD
+from flatminima.averaging import EMA, LAWA, SWA, SWAD, TailAverage, reestimate_batchnorm
 from flatminima.curvature import density, eigenpairs, spectrum, trace
 from flatminima.measures import MEASURES, Measurement, MeasureOptions, measure
 from flatminima.objective import Objective
-from flatminima.optim import SAM
+from flatminima.optim import BSAM, SAM, FlatRegion
 from flatminima.perturbation import Perturbation
 from flatminima.symmetries import find_symmetries, prove
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BSAM",
+    "EMA",
+    "LAWA",
     "MEASURES",
     "SAM",
+    "SWA",
     "SWAD",
     "AuditReport",
+    "FlatRegion",
     "MeasureOptions",
     "Measurement",
     "Objective",
     "Perturbation",
+    "TailAverage",
     "__version__",
     "audit",
     "curvature",
@@ -31,6 +37,7 @@ __all__ = [
     "operators",
     "problems",
     "prove",
+    "reestimate_batchnorm",
     "spectrum",
     "trace",
 ]

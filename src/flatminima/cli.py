@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,18 +16,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import flatminima
-from flatminima import cli_measure
+from flatminima import cli_measure, cli_swad
 from flatminima.audit import audit as run_audit
-from flatminima.data import DATASETS, DataError
+from flatminima.data import DATASETS, DOMAIN_DATASETS, DataError
 from flatminima.measures import MEASURES, MeasureOptions
 from flatminima.measures.base import resolve
 from flatminima.models import MODELS
 from flatminima.objective import SECOND_ORDER, NonFiniteLossError, Objective, ObjectiveError
-from flatminima.protocols import reproduce_factorization
+from flatminima.protocols import reproduce_convex, reproduce_factorization
 from flatminima.report import render
+from flatminima.report.convex_page import render_convex, zoo_table
 from flatminima.report.factorization_page import render_factorization
 from flatminima.report.markdown import compare_markdown
-from flatminima.report.terminal import audit_table, compare_table, measurement_tables
+from flatminima.report.terminal import audit_table, compare_table, measurement_tables, reproduction_tables
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
 from flatminima.study.measure_settings import MATRICES
@@ -289,6 +291,34 @@ def reproduce_factorization_command(
     """Deep matrix factorisation: exact sharpness, flattest minima, the escape from a sharp one, and what each method seeks."""
     if seeds < 1:
         raise SettingsError(f"--seeds must be at least 1, got {seeds}")
+    results = _reproduced(out, lambda report: reproduce_factorization(seeds, report), render_factorization)
+    _out.print(results["answer"], highlight=False, markup=False)
+    for group in results["groups"]:
+        reproduced = sum(claim["reproduced"] for claim in group["claims"])
+        _out.print(f"  {group['title']}: {reproduced} of {len(group['claims'])}", highlight=False, markup=False)
+        for claim in group["claims"]:
+            if not claim["reproduced"]:
+                _out.print(f"    {claim['statement']}: {claim['verdict']}", highlight=False, markup=False)
+    _show_files(out)
+
+
+@_reproduce.command("convex")
+def reproduce_convex_command(
+    out: Annotated[Path, typer.Option(help="Directory of results.json and report.html.")] = Path("runs/convex"),
+) -> None:
+    """Convex counterexamples: bad flat minima, how SA-GD and SAM find them, what stability guarantees, and every optimiser."""
+    results = _reproduced(out, reproduce_convex, render_convex)
+    _out.print(reproduction_tables(results, zoo_table(results["zoo"])))
+    _show_files(out)
+
+
+_Report = Callable[[str, float], None]
+
+
+def _reproduced(
+    out: Path, run: Callable[[_Report], dict[str, Any]], render: Callable[[dict[str, Any]], str]
+) -> dict[str, Any]:
+    """Run with a progress bar and write results and page; a directory that cannot be used is refused before any work."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -297,20 +327,73 @@ def reproduce_factorization_command(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=_err
     ) as bar:
         task = bar.add_task("reproducing", total=1.0)
-        results = reproduce_factorization(
-            seeds, lambda part, fraction: bar.update(task, completed=fraction, description=part)
-        )
+        results = run(lambda part, fraction: bar.update(task, completed=fraction, description=part))
     write_json(out / "results.json", results)
-    write_text(out / "report.html", render_factorization(results))
-    _out.print(results["answer"], highlight=False, markup=False)
-    for group in results["groups"]:
-        reproduced = sum(claim["reproduced"] for claim in group["claims"])
-        _out.print(f"  {group['title']}: {reproduced} of {len(group['claims'])}", highlight=False, markup=False)
-        for claim in group["claims"]:
-            if not claim["reproduced"]:
-                _out.print(f"    {claim['statement']}: {claim['verdict']}", highlight=False, markup=False)
+    write_text(out / "report.html", render(results))
+    return results
+
+
+def _show_files(out: Path) -> None:
     for name in ("results.json", "report.html"):
         _out.print(str((out / name).resolve()), highlight=False, markup=False, soft_wrap=True)
+
+
+@_reproduce.command("swad")
+def reproduce_swad_command(
+    data: Annotated[str, typer.Option(help=f"{', '.join(DOMAIN_DATASETS)}, or a folder <domain>/<class>/<file>.")] = (
+        "rotated-mnist"
+    ),
+    targets: Annotated[str, typer.Option(help="Domains to leave out, comma-separated, or all.")] = "all",
+    seeds: Annotated[int, typer.Option(help="Splits, initial weights and batches of every target.")] = 3,
+    algorithms: Annotated[
+        str, typer.Option(help=f"Comma-separated: {', '.join(cli_swad.ALGORITHMS)}; averages are read off each.")
+    ] = ",".join(cli_swad.ALGORITHMS),
+    protocol: Annotated[str, typer.Option(help=f"Named settings: {', '.join(cli_swad.PROTOCOLS)}.")] = "scratch",
+    draws: Annotated[int, typer.Option(help="Of DomainBed's random hyper-parameter search; 1: defaults only.")] = 1,
+    model: Annotated[
+        str | None, typer.Option(help=f"{', '.join(MODELS)} or resnet50 (default: the protocol's).")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Of mnist-cnn, resnet-gn and resnet18.")] = None,
+    freeze_batchnorm: Annotated[
+        bool | None,
+        typer.Option("--freeze-batchnorm/--train-batchnorm", help="Of resnet50: keep BatchNorm's statistics, or not."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of resnet50: a file, torchvision:NAME, transformers:NAME, or none.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of a run.")] = None,
+    every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images of every source domain in a batch.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Of Adam, constant.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Rise of the validation loss that ends SWAD's valley.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels a side, for pictures.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Images of each domain to keep (default all).")] = None,
+    data_seed: Annotated[int | None, typer.Option(help="Of MNIST's environments; the same for all runs.")] = None,
+    device: _Device = "cpu",
+    workers: Annotated[int | None, typer.Option(help="Runs at once (default 1; on a cluster as many as fit).")] = None,
+    ray: Annotated[str | None, typer.Option(help="Run on a Ray cluster: host:port, auto or local.")] = None,
+    beside: Annotated[
+        str | None, typer.Option(help="results.json of other data sets, comma-separated: one sign-flip test over all.")
+    ] = None,
+    only_render: Annotated[
+        bool, typer.Option("--render", help="Run nothing: results and page of the runs that are finished.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory (default runs/swad-DATA); the same command resumes.")
+    ] = None,
+) -> None:
+    """SWAD and domain generalisation: leave one domain out, compare averages of the same trainings on it."""
+    settings = cli_swad.settings(
+        data, protocol, model=model, width=width, freeze_batchnorm=freeze_batchnorm, weights=weights, steps=steps,
+        every=every, batch=batch, lr=lr, tolerance=tolerance, size=size, rows=rows, data_seed=data_seed,
+        device=str(_device(device)),
+    )  # fmt: skip
+    cli_swad.run(
+        settings, targets=targets, seeds=seeds, algorithms=algorithms, draws=draws, workers=workers, ray=ray, beside=beside,
+        run=not only_render, out=out, consoles=(_out, _err),
+    )  # fmt: skip
 
 
 def _names(measures: str | None) -> list[str] | None:

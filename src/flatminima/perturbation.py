@@ -11,7 +11,6 @@ import math
 import operator
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,10 +41,10 @@ class Perturbation:
         self._moved: list[Tensor] = []
         self._clean: list[Tensor] = []
         self._known: list[Tensor] = []
-        self._places: list[Any] = []
+        self._places: list[int] = []
+        self._shapes: list[torch.Size] = []
         self._flat: Tensor | None = None
         self._views: list[Tensor] = []
-        self._pieces: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, object]:
         """Nothing: buffers are made anew, and what is displaced stays with the original."""
@@ -64,7 +63,6 @@ class Perturbation:
         """The values that will be restored, in the order of the move; empty when nothing is displaced."""
         return self._clean if self._moved else []
 
-    @torch.no_grad()
     def move(
         self, tensors: Sequence[Tensor], directions: Sequence[Tensor], scale: float | Sequence[float] = 1.0
     ) -> None:
@@ -72,7 +70,8 @@ class Perturbation:
 
         Args:
             tensors: what to move; the storage stays the same.
-            directions: one per tensor, of its shape (any floating dtype).
+            directions: one per tensor, of its shape (any floating dtype; the sum is rounded once). A sequence with a method
+                ``add_to(i, tensor, factor)`` adds its items itself, in order, after the clean values are safe.
             scale: one factor, or one per tensor.
 
         Raises:
@@ -81,7 +80,7 @@ class Perturbation:
         """
         if self._moved:
             raise RuntimeError("these tensors are already displaced: call restore() before the next move")
-        scales = [scale] * len(tensors) if isinstance(scale, int | float) else list(scale)
+        scales = list(scale) if isinstance(scale, Sequence) else [float(scale)] * len(tensors)
         if not len(tensors) == len(directions) == len(scales):
             raise ValueError(
                 f"got {len(tensors)} tensors, {len(directions)} directions and {len(scales)} scales; expected equal"
@@ -89,50 +88,53 @@ class Perturbation:
         if not tensors:
             return
         targets = list(tensors)
-        self._remember(targets)
-        self._moved = targets
-        for factor in dict.fromkeys(scales):
-            chosen = [i for i, s in enumerate(scales) if s == factor] if len(set(scales)) > 1 else range(len(targets))
-            _add(targets, directions, factor, chosen)
-
-    def _remember(self, targets: list[Tensor]) -> None:
-        # The flat buffer saves and restores memory, through views that keep it alive: address and size say all. Comparing
-        # shapes as well would cost as much as the copy of a small network.
-        if self._flat is not None:
-            places: list[Any] = [(t.data_ptr(), t.numel()) for t in targets]
-        else:
-            places = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in targets]
-        if not (
-            len(targets) == len(self._known) and all(map(operator.is_, targets, self._known)) and places == self._places
-        ):
-            self._known = targets
-            self._clean, self._flat, self._views = [], None, []
-            if _packable(targets):
-                self._flat = torch.empty(
-                    sum(t.numel() for t in targets), dtype=targets[0].dtype, device=targets[0].device
-                )
-                self._views = [t.detach().view(-1) for t in targets]
-                pieces = self._flat.split([t.numel() for t in targets])
-                self._pieces = list(pieces)
-                self._clean = [piece.view(t.shape) for piece, t in zip(pieces, targets, strict=True)]
-                self._places = [(t.data_ptr(), t.numel()) for t in targets]
+        self._require_buffers(targets)
+        # Dispatch below autograd is a seventh cheaper; version counters are kept up all the same.
+        with torch.inference_mode():
+            if self._flat is not None:
+                torch.cat(self._views, out=self._flat)
             else:
-                self._clean = [torch.empty_like(t) for t in targets]
-                self._places = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in targets]
-        if self._flat is not None:
-            torch.cat(self._views, out=self._flat)
-        else:
-            torch._foreach_copy_(self._clean, targets)
+                torch._foreach_copy_(self._clean, targets)
+            self._moved = targets
+            if hasattr(directions, "add_to"):
+                for i, (target, factor) in enumerate(zip(targets, scales, strict=True)):
+                    directions.add_to(i, target, factor)
+            elif len(set(scales)) == 1:
+                torch._foreach_add_(targets, list(directions), alpha=scales[0])
+            else:
+                for factor in dict.fromkeys(scales):
+                    chosen = [i for i, s in enumerate(scales) if s == factor]
+                    torch._foreach_add_([targets[i] for i in chosen], [directions[i] for i in chosen], alpha=factor)
+        # Within one autocast block a pass would find the weights of the pass before, cast and kept.
+        torch.clear_autocast_cache()
 
-    @torch.no_grad()
+    def _require_buffers(self, targets: list[Tensor]) -> None:
+        known = len(targets) == len(self._known) and all(map(operator.is_, targets, self._known))
+        if not (
+            known and [t.data_ptr() for t in targets] == self._places and [t.shape for t in targets] == self._shapes
+        ):
+            with torch.inference_mode(False), torch.no_grad():
+                self._prepare(targets)
+
+    def _prepare(self, targets: list[Tensor]) -> None:
+        """Allocate for targets that are not those of the last move."""
+        self._forget()
+        self._known, self._places, self._shapes = targets, [t.data_ptr() for t in targets], [t.shape for t in targets]
+        if _packable(targets):
+            sizes = [t.numel() for t in targets]
+            self._flat = torch.empty(sum(sizes), dtype=targets[0].dtype, device=targets[0].device)
+            self._views = [t.detach().view(-1) for t in targets]
+            self._clean = [piece.view(t.shape) for piece, t in zip(self._flat.split(sizes), targets, strict=True)]
+        else:
+            self._clean = [torch.empty_like(t, requires_grad=False) for t in targets]
+
     def restore(self) -> None:
         """Copy the clean values back; nothing happens when nothing is displaced."""
         if self._moved:
-            if self._flat is not None:
-                torch._foreach_copy_(self._views, self._pieces)
-            else:
+            with torch.inference_mode():
                 torch._foreach_copy_(self._moved, self._clean)
             self._moved = []
+            torch.clear_autocast_cache()
 
     @torch.no_grad()
     def realised(
@@ -176,16 +178,3 @@ def _packable(tensors: Sequence[Tensor]) -> bool:
         and all(t.dtype == first.dtype and t.device == first.device and t.is_contiguous() for t in tensors)
         and sum(t.numel() for t in tensors) < SMALL * len(tensors)
     )
-
-
-def _add(targets: list[Tensor], directions: Sequence[Tensor], factor: float, chosen: Sequence[int]) -> None:
-    every = len(chosen) == len(targets)
-    to = targets if every else [targets[i] for i in chosen]
-    by = list(directions) if every else [directions[i] for i in chosen]
-    if [t.dtype for t in to] == [d.dtype for d in by]:
-        torch._foreach_add_(to, by, alpha=factor)
-        return
-    for t, d in zip(to, by, strict=True):
-        # Rounding the direction first and the sum again loses a bit; the sum is made in the wider of the two.
-        wide = torch.promote_types(t.dtype, d.dtype)
-        t.copy_(t.to(wide, copy=True).add_(d.to(wide), alpha=factor))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flatminima.averaging.average import WeightAverage, require_count
-from flatminima.averaging.mean import Mean
+from flatminima.averaging.mean import Looks, Mean
 from flatminima.averaging.parameters import BufferPolicy, ModelOrParameters
 
 
@@ -56,15 +56,29 @@ class LAWA(WeightAverage):
         super().__init__(model_or_params, start=start, every=every, dtype=dtype, device=device, buffers=buffers)
         self.k = k
         self._kept: list[list[Tensor]] = []  # oldest first
+        self._looks = Looks()
+        self._stale = 0  # how many of them have another dtype or device than the parameters have now
 
     @property
     def n(self) -> int:
         """How many checkpoints the average holds: at most ``k``."""
         return len(self._kept)
 
-    @torch.no_grad()
     def _take(self, values: list[Tensor]) -> None:
-        device = self._like.device
+        if not self._looks.same(values):
+            self._check(values)
+            self._looks.accept(values)
+            self._stale = len(self._kept)
+        oldest = self._kept.pop(0) if len(self._kept) == self.k else None
+        if oldest is None or self._stale:
+            with torch.inference_mode(False):
+                oldest = [torch.empty_like(v, device=self._like.device, requires_grad=False) for v in values]
+            self._stale = max(0, self._stale - 1)
+        self._kept.append(oldest)
+        with torch.inference_mode():
+            torch._foreach_copy_(self._kept[-1], values)
+
+    def _check(self, values: list[Tensor]) -> None:
         if self._kept and [t.shape for t in self._kept[-1]] != [v.shape for v in values]:
             pairs = zip(self._kept[-1], values, strict=True)
             at, was, now = next((i, a.shape, b.shape) for i, (a, b) in enumerate(pairs) if a.shape != b.shape)
@@ -72,12 +86,6 @@ class LAWA(WeightAverage):
                 f"Parameter {self._parameters.label(at)} had shape {tuple(was)} at the last checkpoint and now has "
                 f"shape {tuple(now)}. A mean cannot change shape: start a new average after changing the model."
             )
-        looks = [(v.shape, v.dtype, v.device if device is None else device) for v in values]
-        oldest = self._kept.pop(0) if len(self._kept) == self.k else []
-        if [(t.shape, t.dtype, t.device) for t in oldest] != looks:
-            oldest = [torch.empty_like(v, device=device, requires_grad=False) for v in values]
-        torch._foreach_copy_(oldest, values)
-        self._kept.append(oldest)
 
     def _average(self) -> Mean:
         mean = self._like.empty()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flatminima.averaging.mean import Mean
 from flatminima.names import unknown
+from flatminima.sharding import is_sharded, local, reshard
 
 ModelOrParameters: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 BufferPolicy: TypeAlias = Literal["keep", "copy", "average"]
@@ -229,24 +230,6 @@ class ParameterSet:
                     if name in present and present[name].shape == buffer.shape:
                         present[name].copy_(buffer)
             torch._foreach_copy_(targets, mean.tensors)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor. By its method: builds of torch without ``distributed`` lack the class."""
-    return hasattr(tensor, "to_local")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process' part of a DTensor, sharing its storage; any other tensor itself. To be called without gradients."""
-    with torch.no_grad():
-        return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def reshard(model: nn.Module) -> None:
-    """Put FSDP2's parameters back into shards: after an evaluation the root module still holds the gathered ones."""
-    for module in model.modules():
-        if type(module).__name__.startswith("FSDP") and callable(getattr(module, "reshard", None)):
-            module.reshard()  # type: ignore[operator]
 
 
 def _like_sharded(shard: Tensor, like: Tensor) -> Tensor:

@@ -5,7 +5,19 @@ folder, into which the data set's own site (or its official mirror) is downloade
 known checksum is verified before it is read. Nothing is ever unpickled.
 """
 
+from flatminima.data.domains import DOMAIN_DATASETS, MultiDomain, load_domains
 from flatminima.data.registry import DATASETS, load, load_pacs_domain
 from flatminima.data.splits import DataError, Splits, TensorSplit, validate
 
-__all__ = ["DATASETS", "DataError", "Splits", "TensorSplit", "load", "load_pacs_domain", "validate"]
+__all__ = [
+    "DATASETS",
+    "DOMAIN_DATASETS",
+    "DataError",
+    "MultiDomain",
+    "Splits",
+    "TensorSplit",
+    "load",
+    "load_domains",
+    "load_pacs_domain",
+    "validate",
+]

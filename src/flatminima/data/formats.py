@@ -129,8 +129,12 @@ def read_parquet(path: Path, size: tuple[int, int]) -> ParquetImages:
     def pixels(rows: IntArray) -> PixelArray:
         return _stack([decode(encoded[row], size, f"{path}, row {row}") for row in rows], size)
 
+    def check() -> None:
+        for row, content in enumerate(encoded):
+            opened(content, f"{path}, row {row}")
+
     return ParquetImages(
-        LabelledImages(np.asarray(table["label"].to_pylist(), dtype=np.int64), pixels),
+        LabelledImages(np.asarray(table["label"].to_pylist(), dtype=np.int64), pixels, check),
         tuple(table["split"].to_pylist()) if "split" in names else None,
         tuple(json.loads(metadata[b"class_names"])),
     )
@@ -159,7 +163,22 @@ def image_folder(folder: Path, classes: Sequence[str], size: tuple[int, int]) ->
     def pixels(rows: IntArray) -> PixelArray:
         return _stack([decode(files[row].read_bytes(), size, str(files[row])) for row in rows], size)
 
-    return LabelledImages(np.asarray(labels, dtype=np.int64), pixels)
+    def check() -> None:
+        for file in files:
+            opened(file.read_bytes(), str(file))
+
+    return LabelledImages(np.asarray(labels, dtype=np.int64), pixels, check)
+
+
+def opened(content: bytes, source: str) -> None:
+    """Refuse one encoded image whose header cannot be read; its pixels are not looked at."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{source} is not a readable image ({len(content)} bytes): {error}") from error
 
 
 def decode(content: bytes, size: tuple[int, int], source: str) -> PixelArray:

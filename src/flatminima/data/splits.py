@@ -48,10 +48,14 @@ class Splits:
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """Images whose labels are known before any pixel is decoded: `pixels(rows)` is uint8 `(len(rows), C, H, W)`."""
+    """Images whose labels are known before any pixel is decoded: `pixels(rows)` is uint8 `(len(rows), C, H, W)`.
+
+    `check()`, where there is one, opens every image without decoding it and names the first that is none.
+    """
 
     labels: IntArray
     pixels: Callable[[IntArray], PixelArray]
+    check: Callable[[], None] | None = None
 
 
 def validate(x: Tensor, y: Tensor, classes: int | Sequence[str], *, split: str = "data") -> None:

@@ -1,5 +1,6 @@
 """Small reference networks, each an ordinary `nn.Module` that `torch.fx` can trace and that is twice differentiable."""
 
 from flatminima.models.registry import MODELS, build
+from flatminima.models.resnet50 import resnet50
 
-__all__ = ["MODELS", "build"]
+__all__ = ["MODELS", "build", "resnet50"]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from flatminima.models.convnet import convnet
+from flatminima.models.group_norm import mnist_cnn, resnet_gn
 from flatminima.models.mlp import mlp
 from flatminima.models.resnet import resnet18
 from flatminima.models.vit import vit
@@ -22,6 +23,8 @@ _BUILDERS: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "convnet": (convnet, "small convolutional network with ReLU; options channels, hidden, norm (none or batch)"),
     "convnet-bn": (functools.partial(convnet, norm="batch"), "the same with BatchNorm; options channels, hidden, norm"),
     "resnet18": (resnet18, "ResNet-18 with the stem for 32x32 pictures, BatchNorm; option width"),
+    "mnist-cnn": (mnist_cnn, "DomainBed's network for MNIST, GroupNorm; option width"),
+    "resnet-gn": (resnet_gn, "residual network of three blocks, GroupNorm; options width, stem_stride"),
     "vit": (vit, "tiny vision transformer, LayerNorm and GELU; options patch, dim, depth, heads, mlp_ratio"),
 }
 

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatminima.optim.passes import Passes, as_closures, evaluate
+from flatminima.optim.closures import Work, evaluate, outside_inference_mode
+from flatminima.optim.passes import Passes, weighted
 from flatminima.perturbation import Perturbation
+from flatminima.sharding import is_sharded
 from flatminima.vectors import dense, norm
 
 
@@ -38,7 +40,7 @@ class BSAM(torch.optim.Optimizer):
         seed: with the number of steps it decides the noise.
 
     Raises:
-        ValueError: a value outside of its range.
+        ValueError: a value outside of its range; parameters that are sharded, complex or of half precision.
 
     A gradient that is not finite skips the step and is counted in :attr:`skipped`. The learnt standard deviation of a weight
     is :math:`1 / \\sqrt{N s}`, with s in ``opt.state[p]["precision"]``.
@@ -77,10 +79,21 @@ class BSAM(torch.optim.Optimizer):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "rho": rho, "damping": damping}
         super().__init__(params, {**defaults, "initial_precision": initial_precision, "rows": rows, "steps": 0})
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.dtype.itemsize < 4 or p.is_complex() or is_sharded(p):
+                raise ValueError(
+                    f"bSAM learns a precision for every weight, in the weight's own dtype: it takes whole real parameters of "
+                    f"single precision or more, got {p.dtype} {'sharded ' if is_sharded(p) else ''}of shape {tuple(p.shape)}. "
+                    "Keep float32 weights and use autocast"
+                )
         self.skipped = 0
         self._seed = seed
         self._passes = Passes(model, replay_rng)
         self._perturbation = Perturbation()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but hooks and the patches of schedulers, which are functions of this process."""
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_") and k != "step"}
 
     def step(  # type: ignore[override]
         self,
@@ -93,7 +106,11 @@ class BSAM(torch.optim.Optimizer):
         Returns:
             The loss at the noisy weights.
         """
-        closures, shares = as_closures(closure, weights)
+        work = Work.checked(closure, weights)
+        with outside_inference_mode():
+            return self._step(work)
+
+    def _step(self, work: Work) -> Tensor:
         groups = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
         parameters = [p for _, p in groups]
         for group, p in groups:
@@ -102,11 +119,11 @@ class BSAM(torch.optim.Optimizer):
                 self.state[p]["precision"] = torch.full_like(p, group["initial_precision"])
         precision = [self.state[p]["precision"] for p in parameters]
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.param_groups[0]["steps"])
-        total: Tensor | None = None
+        losses: list[Tensor] = []
         slope = [torch.zeros_like(p) for p in parameters]
         curvature = [torch.zeros_like(p) for p in parameters]
         seen: list[bool] = [False] * len(parameters)
-        for closure, share in zip(closures, shares, strict=True):
+        for closure, share in zip(work.closures, work.weights, strict=True):
             self._passes.remember(parameters)
             noise = [
                 torch.randn(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), generator=generator)
@@ -119,9 +136,9 @@ class BSAM(torch.optim.Optimizer):
                 ]
             with self._perturbation as away:
                 away.move(parameters, spread)
-                loss = evaluate(closure, parameters)
-            total = loss * share if total is None else total + loss * share
-            noisy = _gradients(parameters)
+                losses.append(evaluate(closure, parameters))
+            # Data-parallel training may let gradients live in its buckets, which the second pass overwrites.
+            noisy = [None if g is None else g.clone() if g._is_view() else g for g in _gradients(parameters)]
             with self._perturbation as away, self._passes.statistics_kept():
                 if math.isfinite(norm([g for g in noisy if g is not None])):
                     moved = [i for i, g in enumerate(noisy) if g is not None]
@@ -138,8 +155,7 @@ class BSAM(torch.optim.Optimizer):
                         slope[i] += share * there
                         seen[i] = True
         self._update(groups, slope, curvature, seen)
-        assert total is not None
-        return total
+        return weighted(losses, work.weights)
 
     @torch.no_grad()
     def _update(

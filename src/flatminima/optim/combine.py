@@ -99,7 +99,7 @@ class Reuse(Perturbed):
     A SAM step keeps the unit vector :math:`u` along the part of :math:`g_\epsilon` orthogonal to :math:`g`; the steps between
     go along :math:`g + \alpha \lVert g \rVert u`. Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization"
     (2022).
-    Memory: one more copy of the parameters, kept between steps and saved, and one of the gradient.
+    Memory: one more copy of the parameters, kept between steps and saved, another while it is renewed, and one of the gradient.
     """
 
     needs_clean = True
@@ -114,16 +114,15 @@ class Reuse(Perturbed):
         """Keep the direction; ``there`` stays."""
         square = at.dot(clean, clean)
         along = at.dot(clean, there) / square if square > 0 else 0.0
-        across = list(torch._foreach_sub(there, torch._foreach_mul(list(clean), along)))
-        length = at.norm(across)
-        if length > 0 and math.isfinite(length):
-            torch._foreach_div_(across, length)
+        across = list(torch._foreach_sub(there, list(clean), alpha=along))
+        size = at.norm(across)
+        if size > 0 and math.isfinite(size):
+            torch._foreach_div_(across, size)
             at.memory["across"] = dict(zip(at.parameters, across, strict=True))
 
     def without(self, at: Point) -> None:
         """Add the kept direction, as long as a share of this gradient."""
         across = at.memory.get("across", {})
         known = [(g, across[p]) for p, g in zip(at.parameters, at.gradients, strict=True) if p in across]
-        length = at.norm(at.gradients)
-        if known and math.isfinite(length):
-            torch._foreach_add_([g for g, _ in known], [u for _, u in known], alpha=self.alpha * length)
+        if known and math.isfinite(at.length):
+            torch._foreach_add_([g for g, _ in known], [u for _, u in known], alpha=self.alpha * at.length)

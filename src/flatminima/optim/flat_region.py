@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch.func import functional_call
 from flatminima.names import unknown
 from flatminima.optim.flat_region_noise import Noise, draw
 from flatminima.optim.flat_region_parts import call_arguments, names_in, prototypes, towards, unique_parameters
+
+if TYPE_CHECKING:
+    from flatminima.optim.flat_region_probe import BoxProbe
 
 Criterion: TypeAlias = Callable[[Any, Tensor], Tensor]
 
@@ -54,8 +57,8 @@ class FlatRegion:
 
     with :math:`p_c` the mean embedding of class c in the batch. Then :meth:`recenter` fixes the centre, and in later
     sessions :meth:`project_` after every ``optimizer.step()`` keeps the parameters in the box. The noise controls an
-    average, a penalty on the trace of the Hessian; :func:`~flatminima.optim.flat_region_probe.probe` looks for the worst
-    point of the box as well, which may be far above every draw.
+    average, a penalty on the trace of the Hessian; :meth:`probe` looks for the worst point of the box as well, which may be
+    far above every draw.
 
     Args:
         params: the parameters that get noise and a box: an iterable of them, ``named_parameters()``, or a module. The
@@ -269,6 +272,14 @@ class FlatRegion:
             share = ((p <= low) | (p >= high)).double().mean()
             found.append((float(share), float((p.double() - center.double()).abs().max() / b)))
         return found
+
+    def probe(
+        self, model: nn.Module, batches: Iterable[tuple[Any, Tensor]], criterion: Criterion, **options: Any
+    ) -> BoxProbe:
+        """Random and worst points of the box around the present weights; see :mod:`flatminima.optim.flat_region_probe`."""
+        from flatminima.optim.flat_region_probe import probe  # which is about regions
+
+        return probe(self, model, batches, criterion, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """The box, the hits and the state of the noise, readable by ``torch.load(weights_only=True)``."""

@@ -8,72 +8,69 @@ The maximum over the ball is what the theory of sharpness-aware gradient descent
 the loss there is not lower. For convex losses each step of ascent raises the loss. The largest one found is in
 ``opt.maximum``: a lower bound of the true maximum. With groups of different radii the ball is the ellipsoid
 :math:`\sum_i \lVert v_i \rVert^2 / \rho_i^2 \le 1` and steps are measured in its norm.
-Cost: ``steps`` + 1 gradients. Memory: three copies of the parameters.
+Cost: ``steps`` + 1 gradients. Memory: the perturbation, the best gradient, the clean weights, and two copies in passing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from flatminima.optim.closures import Work
+from flatminima.optim.engine import Engine
+from flatminima.optim.passes import Passes
 from flatminima.optim.wrapper import check_rho
-from flatminima.vectors import dense, local, norm
-
-if TYPE_CHECKING:
-    from flatminima.optim.sam import SAM
+from flatminima.vectors import norm
 
 
-def projected_ascent_step(opt: SAM, closures: list[Callable[[], Tensor]], shares: list[float], scaler: Any) -> Tensor:
-    """One step of SA-GD; see the module."""
-    parameters = opt._parameters()
-    rho = {}
-    for group in opt.param_groups:
+def projected_ascent(engine: Engine, passes: Passes, work: Work) -> tuple[Tensor, float | None]:
+    """One step of SA-GD; the loss at the weights and the largest one found, or None where a gradient was not finite."""
+    parameters = engine.weights.all()
+    rho: dict[Tensor, float] = {}
+    for group in engine.base.param_groups:
         check_rho(group["rho"])
         rho.update(dict.fromkeys(group["params"], float(group["rho"])))
-    moving = [p for p in parameters if p.requires_grad]
-    v = [torch.zeros_like(local(p)) for p in moving]
-    opt._passes.remember(parameters)
+    engine.weights.follow()
+    moving = [p for p in parameters if p.requires_grad and (engine.only is None or p in engine.only)]
+    radii, values = [rho[p] for p in moving], engine.weights.hold(moving, gradients=False).values
+    with torch.no_grad():
+        offset = [torch.zeros_like(x) for x in values]
     best: tuple[float, list[Tensor | None]] = (-math.inf, [])
-    first: Tensor | None = None
-    for i in range(opt._recipe.ascent + 1):
+    passes.remember(parameters)
+    for i in range(engine.recipe.ascent + 1):
         if i == 0:
-            first = loss = opt._passes.run(closures, shares, parameters, scaler)
+            first = loss = passes.run(work, parameters)
         else:
-            opt._perturbation.move([local(p) for p in moving], v)
-            opt._passes.replay()
-            with opt._passes.statistics_kept():
-                loss = opt._passes.run(closures, shares, parameters, scaler)
-            opt._perturbation.restore()
-        gradients = [
-            torch.zeros_like(x) if p.grad is None else local(dense(p.grad)) for p, x in zip(moving, v, strict=True)
-        ]
-        length = norm(gradients, moving)
-        value = opt._passes.over_ranks(loss, parameters)
+            engine.move(moving, values, offset)
+            passes.replay()
+            with passes.statistics_kept():
+                loss = passes.run(work, parameters)
+            engine.restore()
+        found = engine.weights.with_gradients()
+        gradients = engine.weights.hold(found).gradients
+        length, value = norm(gradients, found), passes.ranks.mean(loss, parameters)
         if not math.isfinite(length) or not math.isfinite(value):
-            opt._skip(f"{i + 1}th", opt._why(length), scaler)
-            assert first is not None
-            return first
+            reason = engine.weights.why(length) if not math.isfinite(length) else f"the loss is {value}"
+            engine.skip(f"{i + 1}th", reason, work.scaler)
+            return first, None
         if value > best[0]:
-            best = (value, [p.grad for p in parameters])
-        if length == 0:
+            best = (value, [g.clone() if g is not None and g._is_view() else g for g in (p.grad for p in parameters)])
+        if i == engine.recipe.ascent or length == 0:
             break
         with torch.no_grad():
-            # In units of the radii the ellipsoid is a ball, and the steepest direction is rho g.
-            scaled = [g * rho[p] for g, p in zip(gradients, moving, strict=True)]
-            size = norm(scaled, moving)
+            slopes = dict(zip(found, gradients, strict=True))
+            step = [slopes.get(p, torch.zeros_like(x)) * r for p, x, r in zip(moving, offset, radii, strict=True)]
+            size = norm(step, moving)
             if size == 0:
                 break
-            v = [x + g * (rho[p] / size) for x, g, p in zip(v, scaled, moving, strict=True)]
-            inside = norm([x / rho[p] if rho[p] > 0 else x for x, p in zip(v, moving, strict=True)], moving)
+            # In units of the radii the ellipsoid is a ball, and the steepest direction is rho g.
+            torch._foreach_add_(offset, [x * (r / size) for x, r in zip(step, radii, strict=True)])
+            inside = norm([x / r if r > 0 else x for x, r in zip(offset, radii, strict=True)], moving)
             if inside > 1:
-                v = [x / inside for x in v]
-    opt.maximum = best[0]
+                torch._foreach_div_(offset, inside)
     for p, g in zip(parameters, best[1], strict=True):
         p.grad = g
-    opt._update(True, {}, scaler)
-    assert first is not None
-    return first
+    engine.update(True, {}, work.scaler)
+    return first, best[0]

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flatminima.names import unknown
 from flatminima.optim.combine import Perturbed, Reuse, SurrogateGap, Weighted
 from flatminima.optim.directions import Adaptive, Friendly, Gradient, Momentum, Noise
 from flatminima.optim.schedules import Always, Every, LargeGradient, Sometimes
+from flatminima.sharding import is_sharded, reshard
 
 Direction = Gradient | Adaptive | Friendly | Momentum | Noise
 
@@ -174,7 +176,44 @@ def recipe(variant: str, options: dict[str, Any]) -> Recipe:
 
 def normalisation_parameters(model: nn.Module) -> Iterator[Tensor]:
     """Gains and shifts of the normalisation layers: torch's own, and classes whose name says Norm (many write RMSNorm)."""
+    reshard(model)
     kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
     for module in model.modules():
         if isinstance(module, kinds) or "Norm" in type(module).__name__:
             yield from module.parameters(recurse=False)
+
+
+def check_fit(base: Any, chosen: Recipe, model: nn.Module | None) -> None:
+    """Refuse a base, or a model, that cannot do what the variant needs of it.
+
+    Raises:
+        ValueError: no momentum where the variant looks along it; only sparse gradients where it makes dense ones; no model, or
+            one without normalisation layers, where it has to know them.
+    """
+    kind, groups = type(base).__name__, getattr(base, "param_groups", [])
+    parameters = [p for group in groups for p in group["params"]]
+    if chosen.direction.remembers_in_base and not all(group.get("momentum") or "betas" in group for group in groups):
+        raise ValueError(f"msam follows the momentum of the base optimiser and {kind} has none: set momentum=0.9, say")
+    if isinstance(base, torch.optim.SparseAdam) and type(chosen.combine) is not Perturbed:
+        raise ValueError(
+            f"{kind} takes sparse gradients only, and {type(chosen.combine).__name__} combines two into dense ones: "
+            "wrap SGD or Adagrad, or use a variant that steps along one gradient"
+        )
+    if chosen.per_batch and any(map(is_sharded, parameters)):
+        if model is None:
+            raise ValueError(
+                "m-sam catches each rank's own gradient where a sharded model gathers its weights: give model="
+            )
+        if chosen.direction.remembers:
+            raise ValueError(
+                f"{type(chosen.direction).__name__} keeps something of every gradient, and those that m-sam catches of a "
+                "sharded model are whole: no rank can keep that. Use another direction, or variant friendly-sam"
+            )
+    if chosen.normalisation_only:
+        if model is None:
+            raise ValueError("sam-on moves the normalisation layers alone and has to know them: give model=")
+        if not set(normalisation_parameters(model)).intersection(parameters):
+            raise ValueError(
+                f"sam-on moves the normalisation layers alone, and of those in the given {type(model).__name__} the optimiser "
+                "has no parameter: use another variant, or give the model whose parameters it has"
+            )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -59,8 +61,9 @@ class Wrapper(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its ``rho`` is this optimiser's unless it brings one."""
-        if isinstance(param_group, dict) and "rho" in param_group:
-            check_rho(param_group["rho"])
+        if isinstance(param_group, dict):
+            check_rho(param_group.get("rho", 0.0))
+            check_minimises(param_group)
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -78,16 +81,22 @@ class Wrapper(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimiser or of the bare base; groups without ``rho`` keep the present one."""
         present = [group["rho"] for group in self.param_groups]
-        self.base.load_state_dict(state_dict)
+        with self._loading():
+            self.base.load_state_dict(state_dict)
         for group, rho in zip(self.param_groups, present, strict=True):
             group.setdefault("rho", rho)
-        self._load_own_state(state_dict.get(_OWN))
+        self._load_own_state(state_dict.get(_OWN, {}))
 
     def _own_state(self) -> dict[str, Any]:
+        """What is saved besides the base's state."""
         return {}
 
-    def _load_own_state(self, state: dict[str, Any] | None) -> None:
-        pass
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`_own_state` gave, or nothing."""
+
+    def _loading(self) -> contextlib.AbstractContextManager[Any]:
+        """What the base's loading happens in."""
+        return contextlib.nullcontext()
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but hooks and the patches of schedulers, which are functions of this process."""
@@ -97,21 +106,29 @@ class Wrapper(torch.optim.Optimizer):
         super().__setstate__(state)
         self._share_hooks()
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        for i, group in enumerate(self.param_groups):
-            names: Sequence[str] = group.get("param_names") or [
-                f"parameter {j} of group {i}" for j in range(len(group["params"]))
-            ]
-            yield from zip(names, group["params"], strict=True)
+def named(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter with the name it was given, or with its place."""
+    for i, group in enumerate(groups):
+        places = [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
+        names: Sequence[str] = group.get("param_names") or places
+        yield from zip(names, group["params"], strict=True)
 
 
 def check_rho(rho: Any) -> None:
     """Refuse what is no radius."""
-    if isinstance(rho, bool) or not isinstance(rho, int | float) or not (math.isfinite(rho) and rho >= 0):
+    if isinstance(rho, bool) or not isinstance(rho, Real):
+        raise ValueError(f"rho is the radius of a ball and must be a number, got {rho!r} ({type(rho).__name__})")
+    if not (math.isfinite(rho) and float(rho) >= 0):
         raise ValueError(f"rho is the radius of a ball and must be finite and >= 0, got {rho}")
+
+
+def check_minimises(group: dict[str, Any]) -> None:
+    """Refuse a group that climbs: the worst point nearby would be the lowest."""
+    if group.get("maximize"):
+        raise ValueError(
+            "the base has maximize=True, and the perturbation looks for a larger loss: minimise the negative instead"
+        )
 
 
 def _check_base(base: Any) -> None:
@@ -125,6 +142,8 @@ def _check_base(base: Any) -> None:
             f"{name} already has a hyperparameter named rho: either a SAM wraps it already, "
             "then build a fresh optimiser, or it means something else by it, as Adadelta does, then wrap another kind"
         )
+    for group in base.param_groups:
+        check_minimises(group)
     closure = inspect.signature(type(base).step).parameters.get("closure")
     if isinstance(base, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
         raise TypeError(

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
 from flatminima.report import factorization_plots as plots
 from flatminima.report.numbers import MISSING, as_finite, integer, plain, with_error
-from flatminima.report.page import Key, _drawings, _environment
+from flatminima.report.page import Key
 from flatminima.report.panels import symbol
+from flatminima.report.reproduction import check_schema, joined, render_reproduction, verdict
 from flatminima.report.tables import Cell, Column, Table
 
 _QUESTION = "Sharpness of minima in deep matrix factorisation: do the exact formulas and the escape hold?"
@@ -34,22 +32,22 @@ def render_factorization(results: Mapping[str, Any]) -> str:
         Traceback (most recent call last):
         ValueError: results have schema 2, but this version reads schema 1: make them anew
     """
-    if results.get("schema") != 1:
-        raise ValueError(
-            f"results have schema {results.get('schema')!r}, but this version reads schema 1: make them anew"
-        )
+    check_schema(results)
     records, methods = results["escape"]["recipes"], results["methods"]
-    groups = {
-        group["name"]: group | {"claims": [_claim(claim) for claim in group["claims"]]} for group in results["groups"]
-    }
     shown = [c for c in plots.MULTIPLES if any(curve["c"] == c for record in records for curve in record["curves"])]
-    claims = [claim for group in results["groups"] for claim in group["claims"]]
-    context = {
-        "results": results,
-        "question": _QUESTION,
-        "command": results["command"],
-        "facts": [
-            ("Statements", f"{sum(c['reproduced'] for c in claims)} of {len(claims)}", "reproduced"),
+    return render_reproduction(
+        "factorization.html",
+        results,
+        question=_QUESTION,
+        source="Kamber and Parhi (arXiv:2509.25783)",
+        contents=[
+            ("exact", "Exact expressions"),
+            ("flat", "Which minima are flat"),
+            ("escape", "The escape"),
+            ("methods", "What each method seeks"),
+            ("setup", "Setup"),
+        ],
+        facts=[
             ("Instances", str(len(results["instances"])), "formula, autograd and estimators"),
             (
                 "Escape runs",
@@ -58,52 +56,26 @@ def render_factorization(results: Mapping[str, Any]) -> str:
             ),
             ("Seeds", str(results["settings"]["seeds"]), "of each stochastic method"),
         ],
-        "groups": groups,
-        "multiples": [Key(f"c = {c:g}", plots.MULTIPLES.index(c), "circle") for c in shown],
-        "outcomes": [Key(label, index, symbol(index)) for label, index in plots.OUTCOMES.items()],
-        "methods": [Key(label, index, symbol(index)) for index, label in enumerate(methods["labels"].values())],
-        "tables": {
+        multiples=[Key(f"c = {c:g}", plots.MULTIPLES.index(c), "circle") for c in shown],
+        outcomes=[Key(label, index, symbol(index)) for label, index in plots.OUTCOMES.items()],
+        methods=[Key(label, index, symbol(index)) for index, label in enumerate(methods["labels"].values())],
+        tables={
             "instances": instance_table(results["instances"]),
             "runs": run_table(results),
             "methods": method_table(results),
         },
-        "plots": {
-            name: _drawings(panels)
-            for name, panels in {
-                "errors": plots.estimator_errors(results["instances"]),
-                "phase": plots.phase_diagram(records),
-                "losses": plots.losses(records),
-                "growth": plots.growth(records),
-                "valley": plots.curved_valley(records),
-                "settled": plots.settled(records),
-                "raw": plots.raw_curvature(records),
-                "planes": plots.planes(records),
-                "methods": plots.method_plane(methods),
-            }.items()
+        plots={
+            "errors": plots.estimator_errors(results["instances"]),
+            "phase": plots.phase_diagram(records),
+            "losses": plots.losses(records),
+            "growth": plots.growth(records),
+            "valley": plots.curved_valley(records),
+            "settled": plots.settled(records),
+            "raw": plots.raw_curvature(records),
+            "planes": plots.planes(records),
+            "methods": plots.method_plane(methods),
         },
-        "plotlyjs": Markup(get_plotlyjs()),
-    }
-    return _environment().get_template("factorization.html").render(context)
-
-
-def _value(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return plain(value, 7) if isinstance(value, (int, float)) else MISSING if value is None else str(value)
-
-
-def _claim(claim: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = "; ".join(f"{name} {_joined(value)}" for name, value in claim["parameters"].items())
-    lines = [(name, _value(expected), _value(claim["measured"][name])) for name, expected in claim["expected"].items()]
-    return {**claim, "parameters": parameters, "lines": lines}
-
-
-def _joined(value: object) -> str:
-    if isinstance(value, list):
-        if len(value) > 4 and len(set(map(str, value[1:-1]))) == 1:
-            return f"{value[0]}, {value[1]} × {len(value) - 2}, {value[-1]}"
-        return ", ".join(_joined(v) for v in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    )
 
 
 def _both(values: Sequence[object], digits: int = 4) -> str:
@@ -113,10 +85,6 @@ def _both(values: Sequence[object], digits: int = 4) -> str:
 
 def _exact(values: Sequence[object]) -> tuple[float | None, ...]:
     return tuple(as_finite(value) for value in values)
-
-
-def _verdict(reproduced: bool) -> Cell:
-    return Cell("reproduced" if reproduced else "not reproduced", tone="good" if reproduced else "bad")
 
 
 def instance_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -133,7 +101,7 @@ def instance_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         off = row["dense"]["sharpness"] / row["sharpness"] - 1.0
         cells = [
-            Cell(row["name"], _joined(row["widths"])),
+            Cell(row["name"], joined(row["widths"])),
             Cell(plain(row["sharpness"], 9), "", (row["sharpness"],)),
             Cell(plain(row["dense"]["sharpness"], 9), plain(off, 1), (row["dense"]["sharpness"], off)),
             Cell(plain(row["trace"], 7), "", (row["trace"],)),
@@ -188,7 +156,7 @@ def run_table(results: Mapping[str, Any]) -> Table:
                         _both([r["sharpness"] for r in runs], 8), plain(record["flattest"], 8),
                         _exact([r["sharpness"] for r in runs]),
                     ),
-                    _verdict(verdicts[record["name"], c]),
+                    verdict(verdicts[record["name"], c]),
                 )
             )  # fmt: skip
     return Table("escape", "Every run of the escape experiment", columns, tuple(rows))
@@ -211,5 +179,5 @@ def method_table(results: Mapping[str, Any]) -> Table:
         for key in ("sharpness", "trace"):
             values = [run[key] for run in runs]
             cells.append(Cell(", ".join(plain(value, 5) for value in values), "", _exact(values)))
-        rows.append((Cell(label, plain(runs[0]["step_size"], 4)), *cells, _verdict(claim["reproduced"])))
+        rows.append((Cell(label, plain(runs[0]["step_size"], 4)), *cells, verdict(claim["reproduced"])))
     return Table("methods", "Where each method ends", columns, tuple(rows))

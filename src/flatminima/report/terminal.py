@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from flatminima.report import labels, measure_tables, tables
+from flatminima.report import labels, measure_tables, reproduction, tables
 from flatminima.report.methods_table import FLATNESS_LEGEND, LEGEND, MANY, flatness_table, methods_table, without
 from flatminima.report.tables import Cell, Table
 
@@ -105,3 +105,13 @@ def measurement_tables(results: Mapping[str, Any]) -> RenderableType:
 def audit_table(rows: Sequence[Mapping[str, Any]], symmetries: Sequence[str]) -> RichTable:
     """An audit of one model: mappings with label (or measure), max_ratio per symmetry, invariant_under and verdict."""
     return rendered(tables.audit_rows_table(rows, symmetries))
+
+
+def reproduction_tables(results: Mapping[str, Any], *more: Table) -> RenderableType:
+    """The conclusions of a reproduction, every claim as a row, and what other tables there are."""
+    parts: list[RenderableType] = [Text(str(results["answer"]), style="bold")]
+    parts += [Text(f"• {sentence}") for sentence in results["details"]]
+    parts.append(Text(""))
+    parts += [rendered(reproduction.claims_table(group)) for group in results["groups"]]
+    parts += map(rendered, more)
+    return Group(*parts)

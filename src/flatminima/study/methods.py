@@ -138,7 +138,7 @@ def expand(names: Iterable[str], model: str) -> tuple[str, ...]:
             able = [other for other in models.MODELS if has_normalisation(other)]
             raise ValueError(
                 f"method {name!r} perturbs the normalisation layers alone, and model {model!r} has none: choose --model "
-                f"{' or '.join(able)}, or leave {name} out"
+                f"{', '.join(able[:-1])} or {able[-1]}, or leave {name} out"
             )
     rest = [n for n in METHODS if n not in named and (n != "sam-on" or has_normalisation(model))]
     found: list[str] = []

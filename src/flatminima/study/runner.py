@@ -1,110 +1,100 @@
-"""Many independent jobs on the processes of one machine.
+"""Many independent jobs, on the processes of one machine or on a Ray cluster: one code path for both.
 
-Every job runs in a process of its own pool with one computing thread, whatever the number of workers, so that results do not
-depend on it. Workers watch their parent and end with it, also when it is killed.
+Every job runs with one computing thread, whatever the number of workers and wherever it runs, so that results do not depend
+on it. What a job returns comes back to the caller as soon as the job has ended.
 """
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing.queues import SimpleQueue
-from typing import TypeVar
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import torch
+from flatminima.study.executor import Executor, Job, Report, Work
+from flatminima.study.local_executor import LocalExecutor
+from flatminima.study.ray_executor import RayExecutor
 
-Job = TypeVar("Job")
-Progress = Callable[[float], None]
+__all__ = ["Report", "Work", "WorkerLostError", "run_jobs"]
 
-_reports: SimpleQueue[tuple[int, float]] | None = None
+ATTEMPTS = 3  # of a job whose process died: twice may be bad luck
+_WAIT = 0.2
+
+
+class WorkerLostError(RuntimeError):
+    """The process of one job died at every attempt."""
 
 
 def run_jobs(
-    work: Callable[[Job, Progress], None],
+    work: Work[Job],
     jobs: Sequence[Job],
     *,
-    workers: int,
+    workers: int | None = None,
+    ray: str | None = None,
+    resources: Mapping[str, float] | None = None,
+    done: Callable[[int, Any], None] = lambda index, result: None,
     progress: Callable[[int, float], None] = lambda index, fraction: None,
 ) -> None:
     """Call ``work(job, report)`` for every job, ``workers`` at a time.
 
+    A job whose process dies (killed, out of memory, machine gone) is begun again, up to three times in all.
+
     Args:
         work: a module-level function; ``report(fraction)`` tells how far it is.
         jobs: picklable.
-        workers: processes, at least 1.
+        workers: at once, at least 1. Default: one; on a cluster, as many as it has room for.
+        ray: address of a Ray cluster (``host:port``, ``auto``, ``local``) instead of processes of this machine.
+        resources: of a job on the cluster, such as ``{"num_gpus": 1}``; one core by default.
+        done: called in this process with a job's index and what ``work`` returned for it, in the order of completion.
         progress: called in this process with a job's index and the fraction done; 1 when it has ended.
 
     Raises:
         Exception: the first error of a job; jobs not yet begun are then cancelled, and running ones are ended.
+        WorkerLostError: a job's process died three times.
+        ClusterError: Ray is missing or does not answer.
         KeyboardInterrupt: passed on after the workers have been ended.
     """
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     if not jobs:
         return
-    context = multiprocessing.get_context("spawn")
-    queue: SimpleQueue[tuple[int, float]] = context.SimpleQueue()
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=context, initializer=_start, initargs=(queue, os.getpid())
+    executor: Executor = (
+        LocalExecutor(work, min(workers or 1, len(jobs))) if ray is None else RayExecutor(work, ray, workers, resources)
     )
     try:
-        with _interrupts_ignored():
-            pending: dict[Future[None], int] = {pool.submit(_work, work, job, i): i for i, job in enumerate(jobs)}
-        while pending:
-            done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            while not queue.empty():
-                progress(*queue.get())
-            for future in done:
-                index = pending.pop(future)
-                future.result()
-                progress(index, 1.0)
+        _run(executor, jobs, done, progress)
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
+        executor.kill()
         raise
-    pool.shutdown()
+    executor.close()
 
 
-@contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes started within inherit this: Ctrl-C reaches the whole group, and the parent alone decides."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _start(queue: SimpleQueue[tuple[int, float]], parent: int) -> None:
-    global _reports
-    _reports = queue
-    torch.set_num_threads(1)
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it was not inherited
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
-
-
-def _work(work: Callable[[Job, Progress], None], job: Job, index: int) -> None:
-    def report(fraction: float) -> None:
-        if _reports is not None:
-            _reports.put((index, fraction))
-
-    work(job, report)
+def _run(
+    executor: Executor,
+    jobs: Sequence[Job],
+    done: Callable[[int, Any], None],
+    progress: Callable[[int, float], None],
+) -> None:
+    waiting = deque(range(len(jobs)))
+    attempts: Counter[int] = Counter()
+    running = 0
+    while waiting or running:
+        while waiting and (executor.capacity is None or running < executor.capacity):
+            index = waiting.popleft()
+            attempts[index] += 1
+            executor.submit(index, jobs[index])
+            running += 1
+        # What has ended well is kept before an error ends everything.
+        for event in sorted(executor.events(_WAIT), key=lambda event: event.error is not None):
+            if event.fraction is not None:
+                progress(event.index, event.fraction)
+                continue
+            running -= 1
+            if event.error is not None:
+                raise event.error
+            if event.ended:
+                done(event.index, event.result)
+                progress(event.index, 1.0)
+            elif attempts[event.index] < ATTEMPTS:
+                waiting.appendleft(event.index)
+            else:
+                raise WorkerLostError(f"job {event.index} ({jobs[event.index]}) ended {ATTEMPTS} times: {event.lost}")
