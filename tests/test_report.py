@@ -16,7 +16,8 @@ from playwright.sync_api import Browser, Page
 from rich.console import Console
 
 from flatminima.report import labels, panels, plots, run_plots, tables, terminal
-from flatminima.report.markdown import compare_markdown, markdown
+from flatminima.report.compare_markdown import compare_markdown
+from flatminima.report.markdown import markdown
 from flatminima.report.methods_table import MANY, flatness_table, methods_table, turned, without
 from flatminima.report.numbers import difference, factor, integer, plain, with_error
 from flatminima.report.page import render

@@ -25,9 +25,9 @@ from flatminima.models import MODELS
 from flatminima.objective import SECOND_ORDER, NonFiniteLossError, Objective, ObjectiveError
 from flatminima.protocols import reproduce_convex, reproduce_factorization
 from flatminima.report import render
+from flatminima.report.compare_markdown import compare_markdown
 from flatminima.report.convex_page import render_convex, zoo_table
 from flatminima.report.factorization_page import render_factorization
-from flatminima.report.markdown import compare_markdown
 from flatminima.report.terminal import audit_table, compare_table, measurement_tables, reproduction_tables
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
