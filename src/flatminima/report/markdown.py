@@ -16,7 +16,7 @@ def markdown(table: Table) -> str:
         | --- | ---: |
         | x\\|y (z) | 1 ± 2 **less** |
     """
-    heads = [_with_detail(column.text, column.detail) for column in table.columns]
+    heads = [escaped(c.text) + (f" ({escaped(c.detail)})" if c.detail else "") for c in table.columns]
     lines = [heads, ["---:" if column.numeric else "---" for column in table.columns]]
     lines += [[_cell(cell) for cell in row] for row in table.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -28,10 +28,6 @@ def escaped(text: object) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    text = _with_detail(cell.text, cell.detail)
+    text, detail = escaped(cell.text), escaped(cell.detail)
+    text += f" {detail}" if detail.startswith("±") else f" ({detail})" if detail else ""
     return f"{text} **{cell.verdict}**" if cell.verdict else text
-
-
-def _with_detail(text: str, detail: str) -> str:
-    text, detail = escaped(text), escaped(detail)
-    return f"{text} {detail}" if detail.startswith("±") else f"{text} ({detail})" if detail else text
