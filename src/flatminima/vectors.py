@@ -107,7 +107,7 @@ def norm(tensors: Sequence[Tensor], whole: Sequence[Tensor] | None = None, kind:
 
 def _scaled(tensors: Sequence[Tensor], value: float) -> float:
     """The norm where squares leave the range of a double; zero, NaN and infinite entries keep ``value``."""
-    largest = max((float(t.abs().max()) for t in tensors if t.numel()), default=0.0)
+    largest = max((float(torch.linalg.vector_norm(t, math.inf)) for t in tensors if t.numel()), default=0.0)
     if largest == 0.0 or not math.isfinite(largest):
         return value
     return largest * float(torch.stack([(t.to(_wide(t)) / largest).norm().cpu() for t in tensors]).norm())
