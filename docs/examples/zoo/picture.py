@@ -1,12 +1,14 @@
 """Draws flat-or-better.png from the json files beside it: ``python docs/examples/zoo/picture.py`` (needs Chromium).
 
 One panel per comparison: how much flatter than SGD a minimum is, by the elementwise-adaptive sharpness, which no rescaling of
-layers changes, against how much better it predicts. If flat meant better, the points would fall from left to right.
+layers changes, against how much better it predicts. If flat meant better, the points would fall from left to right. What is
+far below the others is named at the foot of its panel.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ PANELS = {
 MEASURE = "adaptive_sharpness"
 AVERAGES = ("swa", "ema", "lawa", "tail", "swad")
 WIDTH, HEIGHT = 1400, 640
+FLOOR = -4  # points of accuracy
+MARGIN = 0.1  # decades, for names
 PLACES = ("top right", "bottom left", "top left", "bottom right")  # in turn, so that neighbours do not cover each other
 TICKS = [0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5]
 
@@ -45,7 +49,17 @@ def figure() -> go.Figure:
     drawn = make_subplots(1, len(PANELS), subplot_titles=list(PANELS.values()), horizontal_spacing=0.06)
     for column, name in enumerate(PANELS, start=1):
         results = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
-        for index, (method, ratio, difference, low, high) in enumerate(sorted(points(results), key=lambda p: p[1])):
+        shown = sorted(points(results), key=lambda p: p[1])
+        below = ", ".join(
+            f"{m} ({ratio:.2f}; {difference:.1f})" for m, ratio, difference, *_ in shown if difference < FLOOR
+        )
+        if below:
+            drawn.add_annotation(
+                text=f"below (sharpness; points): {below}", x=0.02, y=0, xref="x domain", yref="y domain",
+                xanchor="left", yanchor="bottom", showarrow=False, font={"size": 10}, row=1, col=column,
+            )  # fmt: skip
+        shown = [point for point in shown if point[2] >= FLOOR]
+        for index, (method, ratio, difference, low, high) in enumerate(shown):
             kind = "#c2601a" if any(a in method for a in AVERAGES) else "#2066a8"
             bar = {
                 "type": "data",
@@ -62,8 +76,9 @@ def figure() -> go.Figure:
                 1, column,
             )  # fmt: skip
         drawn.update_xaxes(
-            type="log", tickvals=TICKS, title="adaptive sharpness / SGD's  (left: flatter)", row=1, col=column
-        )
+            type="log", tickvals=TICKS, title="adaptive sharpness / SGD's  (left: flatter)", row=1, col=column,
+            range=[math.log10(shown[0][1]) - MARGIN, math.log10(shown[-1][1]) + MARGIN],
+        )  # fmt: skip
         drawn.add_hline(0, line={"color": "#888", "width": 1}, row=1, col=column)
         drawn.add_vline(1, line={"color": "#888", "width": 1}, row=1, col=column)
     drawn.update_yaxes(title="test accuracy minus SGD's, points", row=1, col=1)
