@@ -177,9 +177,12 @@ def _law(
     rounding = objective.rounding * (weights @ diag.abs())
     errors = rounding if exact else samples.std(0) / math.sqrt(len(samples))
     trace = float(own.mean())
-    resolved = exact or abs(trace) > ERRORS * float(own.std()) / math.sqrt(len(own))
     changes = [max(abs(p / trace), abs(trace / p)) if p * trace > 0 else math.inf for p in predicted.tolist()]
     most = changes.index(max(changes))
+    resolved = exact or (
+        abs(trace) > ERRORS * float(own.std()) / math.sqrt(len(own))
+        and abs(float(predicted[most])) > ERRORS * float(errors[most])
+    )
     parts = _parts(objective, diag, weights[most], trace) if resolved and trace else ()
     growing = float(diag[weights[most] > 1].sum()) / trace if resolved and trace else math.nan
     return TraceLaw(

@@ -136,8 +136,13 @@ def details(report: AuditReport) -> list[str]:
 def law(found: TraceLaw) -> str:
     """The law of the trace under one kind of symmetry, for the member that changes it most."""
     measured, most = found.measured[found.most], found.most
+    if not found.parts and found.exact:
+        return f"{found.symmetry}: no curvature lies in the weights that it moves (Hessian trace {number(found.trace, 3)})."
     if not found.parts:
-        return f"{found.symmetry}: the error of the Hessian trace ({number(found.trace, 3)}) hides its law."
+        return (
+            f"{found.symmetry}: the error of random probes hides the law of the Hessian trace ({number(found.trace, 3)}); ask "
+            "for more of them (max_probes)."
+        )
     beside = f"{factor(measured / found.trace)} measured, " if math.isfinite(measured) and found.trace else ""
     head = f"{found.symmetry}: the Hessian trace changes by {beside}{factor(found.factor)} predicted"
     if not found.exact:
