@@ -1,13 +1,17 @@
-"""Claim: an audit of a network of 100,000 parameters, all symmetries found and proved, takes less than a minute on two cores.
+"""Claim: an audit of a network of 100,000 parameters, all symmetries found and proved, takes less than a minute on one core.
 
     make bench      # or: python benchmarks/audit.py
 
 A multilayer perceptron trained on scikit-learn's digits; every kind of symmetry that it has, five members of each. Once with
-the default measures and what would be used instead of them, once with every measure that is not expensive. The bar is 60 s of
-the clock on two idle cores; CPU seconds say what it would take where the machine is busy.
+the default measures and what would be used instead of them, once with every measure that is not expensive. The bar of 60 s is
+held against the CPU seconds of one thread, which are the time on one idle core; the clock stands beside them.
 """
 
 from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import platform
 import time
@@ -40,16 +44,16 @@ def trained() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     model, x, y = trained()
     n = sum(p.numel() for p in model.parameters())
     print(
-        f"torch {torch.__version__}, {platform.machine()}, two threads; MLP {x.shape[1]}-{WIDTHS[0]}-{WIDTHS[1]}-10, ",
+        f"torch {torch.__version__}, {platform.machine()}, one thread; MLP {x.shape[1]}-{WIDTHS[0]}-{WIDTHS[1]}-10, ",
         end="",
     )
     print(f"{n:,} parameters, {len(y)} rows of digits, {MEMBERS} members a kind\n")
     print(
-        "| measures | number | kinds | members | wall, s | CPU, s | bar, s | gradients | network | symmetries | members | law |"
+        "| measures | number | kinds | members | CPU, s | bar, s | wall, s | gradients | network | symmetries | members | law |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     cheap = [name for name, m in MEASURES.items() if m.cost_class != "expensive"]
@@ -61,9 +65,9 @@ def main() -> None:
         assert all(law.agrees for law in report.laws)
         shares = [report.times[part] / sum(report.times.values()) for part in report.times]
         tested = [name for name, verdict in report.verdicts.items() if verdict != "not applicable"]
-        met = "met" if wall < BAR else "MISSED"
+        met = "met" if cpu < BAR else "MISSED"
         counts = (len(tested), len(report.orbits), sum(orbit.members for orbit in report.orbits))
-        cells = [label, *map(str, counts), f"{wall:.0f}", f"{cpu:.0f}", f"{BAR:.0f} {met}", f"{report.cost:.0f}"]
+        cells = [label, *map(str, counts), f"{cpu:.0f}", f"{BAR:.0f} {met}", f"{wall:.0f}", f"{report.cost:.0f}"]
         cells += [f"{100 * share:.0f} %" for share in shares]
         print("|", " | ".join(cells), "|")
 
