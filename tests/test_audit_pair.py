@@ -104,6 +104,32 @@ def test_other_probabilities_and_other_temperatures() -> None:
         assert all("counts" not in row["sentence"] for row in outcome.to_dict()["differences"] if row["resolved"])
 
 
+def test_a_loss_that_sees_more_than_probabilities_or_outputs_is_not_overlooked() -> None:
+    model = copy.deepcopy(trained()).double()
+    shifted = copy.deepcopy(model)
+    with torch.no_grad():
+        shifted[4].bias += 1.0
+    raw = compare_minima(model, shifted, F.nll_loss, rows(), measures=["w_hessian_w"], members=1, options=QUICK)
+    assert raw.function.relation == "different"  # without a softmax, this loss sees the shift
+
+    class Decaying(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body = body
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.body(x)
+            penalty = torch.stack([p.square().sum() for p in self.parameters()]).sum()
+            return {"loss": F.cross_entropy(logits, labels) + 0.01 * penalty, "logits": logits}
+
+    x, y = rows()
+    two = [Decaying(copy.deepcopy(m)) for m in (model, rescaled(model))]
+    found = compare_minima(*two, None, [{"x": x, "labels": y}], measures=["w_hessian_w"], members=1, options=QUICK)
+    assert found.function.relation == "same"
+    assert found.flatter is None
+    assert any("the losses are not" in caution for caution in found.to_dict()["cautions"])
+
+
 def test_without_classes_neither_shift_nor_factor_is_forgiven() -> None:
     model = mlp()
     other = copy.deepcopy(model)

@@ -16,7 +16,7 @@ from flatminima.symmetries.proof import Prover
 
 _PROBE_ROWS = 64  # of the first batch, to find the symmetries
 _PROOF_ROWS = 1024  # of the first batch, to prove every member
-_LOSS_TOLERANCE = 1e-6  # relative: cancellation in a small loss magnifies the rounding of the outputs
+LOSS_TOLERANCE = 1e-6  # relative: cancellation in a small loss magnifies the rounding of the outputs
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def left_out(orbit: Orbit, loss: float, losses: Sequence[float]) -> str | None:
     if orbit.preserves == "predictions" or not orbit.symmetry.exact:
         return None
     change = loss_change(loss, losses)
-    if change <= _LOSS_TOLERANCE:
+    if change <= LOSS_TOLERANCE:
         return None
     if orbit.preserves == "probabilities":
         return f"the loss sees what the softmax would hide: it changes by {change:.1e}, relative; not used"

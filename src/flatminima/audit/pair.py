@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from flatminima.audit import pair_words
 from flatminima.audit.function import FunctionComparison, compare_functions
 from flatminima.audit.judge import ERRORS, error_of, rounding
+from flatminima.audit.orbit import LOSS_TOLERANCE
 from flatminima.audit.report import AuditReport
 from flatminima.audit.single import Clock, Progress, audit
 from flatminima.batches import batches
@@ -184,8 +185,15 @@ def compare_minima(
     a, b = audits
     with clock("functions compared"):
         function = compare_functions(first, second, pairs, mode=mode, classes=a.classifies, seed=seed)
+    if function.relation == "same probabilities" and not same_loss(a, b):
+        function = replace(function, relation="different")  # this loss sees what a softmax would hide
     shared = [n for n, m in a.measurements.items() if m.applies and b.measurements[n].applies]
     return MinimaComparison(names, (a, b), function, tuple(_difference(n, a, b) for n in shared))
+
+
+def same_loss(a: AuditReport, b: AuditReport) -> bool:
+    """Whether two losses are equal, up to what the rounding of nearly equal outputs makes of them."""
+    return abs(a.loss - b.loss) <= LOSS_TOLERANCE * max(abs(a.loss), abs(b.loss))
 
 
 def invariant_beyond(name: str) -> bool:

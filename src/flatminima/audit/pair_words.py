@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flatminima.audit import words
+from flatminima.audit.orbit import LOSS_TOLERANCE
 from flatminima.audit.words import number
 from flatminima.measures import MEASURES
 
@@ -81,6 +82,11 @@ def cautions(found: MinimaComparison) -> list[str]:
             "other. A unit that nothing reads, or two equal ones, can do that."
         )
     losses = sorted(audit.loss for audit in found.audits)
+    if found.function.relation == "same" and losses[1] - losses[0] > LOSS_TOLERANCE * max(map(abs, losses)):
+        lines.append(
+            f"The outputs are the same and the losses are not ({number(losses[0], 6)} and {number(losses[1], 6)}): the loss "
+            "sees more than the outputs, a penalty on the weights for instance, and that part does depend on coordinates."
+        )
     if found.function.relation == "different" and losses[1] > 1.1 * losses[0] > 0:
         lines.append(
             f"The losses differ ({number(losses[0])} and {number(losses[1])}): under cross-entropy a better fit alone makes "
