@@ -63,7 +63,7 @@ def test_what_does_not_apply_is_passed_over_in_a_group_and_refused_by_name(
     assert {name for name, m in found.items() if m["value"] is None} == {"path_norm", "path_norm_l1"} | NEED_PROBES
     assert found["path_norm"]["error_kind"] == "not applicable"
     assert found["path_norm"]["note"] == "GELU at '1' is not known to the path norm"
-    said = "Measures that do not apply here: path norm, path L1 norm, activation patterns of the probes and "
+    said = "Measures that do not apply here: path norm, path L1 norm, activation patterns on probes and "
     assert any(line.startswith(said) for line in content["cautions"]), content["cautions"]
     named = run("measure", f"{target}:smooth", "--measures", "trace,orbit_minimal_trace")
     assert named.status == 2
