@@ -38,7 +38,7 @@ def invariance_table() -> str:
     """Markdown: one row for all measures that behave alike, one column a kind of symmetry.
 
     Example:
-        >>> invariance_table().splitlines()[0][:24]
+        >>> invariance_table().splitlines()[0][:25]
         '| measures | L | N | NG |'
     """
     alike: dict[tuple[str, ...], list[str]] = {}
