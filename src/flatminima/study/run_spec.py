@@ -12,7 +12,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
+
+from pydantic import Field
 
 Scalar: TypeAlias = "str | int | float | bool"
 Option: TypeAlias = "Scalar | tuple[Scalar, ...]"
@@ -25,6 +27,13 @@ OPTIMISERS = ("sgd",)
 SCHEDULES = ("constant", "step", "cosine")
 STOP_RULES = ("loss", "accuracy", "never")
 STATUSES = ("finished", "missed", "failed")
+
+# What a settings file is held to; code that makes these objects itself is not checked.
+_STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
+_Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+_Count: TypeAlias = Annotated[int, Field(ge=1)]
+_Positive: TypeAlias = Annotated[float, Field(gt=0)]
+_NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -44,15 +53,16 @@ class DataSpec:
         measure_rows: the measures see the first so many rows of the training subset; all by default.
     """
 
+    __pydantic_config__: ClassVar[Any] = _STRICT
     name: str
-    rows: int
-    subset_seed: int = 42
+    rows: _Count
+    subset_seed: _Seed = 42
     subset_rule: str = "permutation"
     scale: str = "unit"
-    probes: int = 100
-    probe_seed: int = 99
-    split_seed: int = 0
-    measure_rows: int | None = None
+    probes: Annotated[int, Field(ge=0)] = 100
+    probe_seed: _Seed = 99
+    split_seed: _Seed = 0
+    measure_rows: _Count | None = None
 
 
 @dataclass(frozen=True)
@@ -82,14 +92,15 @@ class OptimiserSpec:
         drop_factor: of each drop.
     """
 
+    __pydantic_config__: ClassVar[Any] = _STRICT
     name: str = "sgd"
-    lr: float = 0.1
-    batch_size: int = 64
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    lr: _Positive = 0.1
+    batch_size: _Count = 64
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: _NotNegative = 0.0
     schedule: str = "constant"
-    drops: tuple[float, ...] = ()
-    drop_factor: float = 0.1
+    drops: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    drop_factor: _Positive = 0.1
 
 
 @dataclass(frozen=True)
@@ -108,13 +119,14 @@ class StopSpec:
             rule says, under names that begin with ``fixed.``; ``None``: not.
     """
 
+    __pydantic_config__: ClassVar[Any] = _STRICT
     rule: str = "loss"
-    threshold: float | None = 0.01
-    check_every: int = 1
-    max_epochs: int = 500
-    max_steps: int | None = None
-    rows: int | None = None
-    fixed_steps: int | None = None
+    threshold: _NotNegative | None = 0.01
+    check_every: _Count = 1
+    max_epochs: _Count = 500
+    max_steps: _Count | None = None
+    rows: _Count | None = None
+    fixed_steps: _Count | None = None
 
 
 @dataclass(frozen=True)
@@ -129,11 +141,12 @@ class MeasureSpec:
         repeats: independent repetitions, for the reliability of an estimate: ``repeat.<label>.1`` and on.
     """
 
+    __pydantic_config__: ClassVar[Any] = _STRICT
     name: str
     options: Options = ()
     label: str = ""
     orbit: bool = False
-    repeats: int = 1
+    repeats: _Count = 1
 
     def __post_init__(self) -> None:
         if not self.label:
