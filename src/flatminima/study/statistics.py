@@ -88,3 +88,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected
+
+
+def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
+    r"""p-values corrected for exploration: of those up to :math:`\alpha`, on average at most that share is false.
+
+    .. math:: \tilde p_{(i)} = \min_{j \ge i} \min\bigl(1, m\, p_{(j)} / j\bigr)
+
+    for independent or positively dependent p-values. Benjamini and Hochberg, "Controlling the false discovery rate" (1995).
+
+    Example:
+        >>> benjamini_hochberg([0.01, 0.04, 0.03, 0.5])
+        [0.04, 0.05333333333333334, 0.05333333333333334, 0.5]
+    """
+    return [] if not p_values else [float(p) for p in stats.false_discovery_control(p_values)]
