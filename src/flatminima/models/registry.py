@@ -32,6 +32,17 @@ MODELS: Mapping[str, str] = MappingProxyType({name: text for name, (_, text) in 
 """Names that `build` takes, with one line on each."""
 
 
+def options_of(name: str) -> tuple[str, ...]:
+    """The options that `build` takes for this network.
+
+    Example:
+        >>> options_of("mlp")
+        ('hidden',)
+    """
+    parameters = inspect.signature(_BUILDERS[name][0]).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
 def build(
     name: str, input_shape: Sequence[int], classes: int | Sequence[str], *, seed: int | None = None, **options: Any
 ) -> nn.Module:
@@ -55,7 +66,7 @@ def build(
     if name not in _BUILDERS:
         raise ValueError(unknown("model", name, MODELS))
     builder = _BUILDERS[name][0]
-    valid = [p.name for p in inspect.signature(builder).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    valid = options_of(name)
     for option in options:
         if option not in valid:
             raise ValueError(unknown(f"option of model {name!r}", option, valid))

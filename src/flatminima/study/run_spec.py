@@ -16,9 +16,9 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import Field
 
-Scalar: TypeAlias = "str | int | float | bool"
-Option: TypeAlias = "Scalar | tuple[Scalar, ...]"
-Options: TypeAlias = "tuple[tuple[str, Option], ...]"
+Scalar: TypeAlias = str | int | float | bool
+Option: TypeAlias = Scalar | tuple[Scalar, ...]
+Options: TypeAlias = tuple[tuple[str, Option], ...]
 """Keyword arguments in a form that can be hashed; ``dict`` of it gives them back."""
 
 SUBSET_RULES = ("permutation", "choice", "stratified")

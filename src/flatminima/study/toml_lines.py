@@ -11,6 +11,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+__all__ = ["Path", "TOMLDecodeError", "TomlLines"]
+
+TOMLDecodeError = tomllib.TOMLDecodeError
 Path: TypeAlias = "tuple[str | int, ...]"
 
 
@@ -21,7 +24,7 @@ class TomlLines:
         text: of the file.
 
     Raises:
-        tomllib.TOMLDecodeError: not TOML; its message names line and column.
+        TOMLDecodeError: not TOML; its message names line and column.
 
     Attributes:
         content: what the parser made of it.
@@ -68,14 +71,18 @@ def _statements(rows: list[str]) -> Iterator[tuple[int, dict[str, Any], str]]:
             end += 1
         first = rows[start].lstrip()
         if parsed:
-            yield start + 1, parsed, "tables" if first.startswith("[[") else "table" if first.startswith("[") else "value"
+            yield (
+                start + 1,
+                parsed,
+                "tables" if first.startswith("[[") else "table" if first.startswith("[") else "value",
+            )
         start = end
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
+    except TOMLDecodeError:
         return None
 
 
