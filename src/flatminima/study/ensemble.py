@@ -1,0 +1,263 @@
+"""Many small networks trained at once, each with the bits that it would have by itself.
+
+A network of a few thousand weights spends most of its training time between operations. An ensemble makes each operation once
+for all: the parameters of the members are stacked (``torch.func.stack_module_state``), gradients are taken under ``vmap``, every
+member has its own rows, order, step size and stop criterion, and leaves when it is done. Whether the stack rounds as single
+networks do is tried out for every size of batch that occurs; where it does not, that step is made member by member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+from flatminima.study.course import Course, Trained, Training
+from flatminima.study.together import (
+    Stack,
+    gradients_alone,
+    member,
+    same_bits,
+    same_outputs,
+    stacked_gradients,
+    stacked_outputs,
+)
+
+Progress = Callable[[float], None]
+
+#: Numbers in the inputs of one batched step. More members than fit are trained in turns: what does not stay in the cache of a
+#: core costs more than the calls it saves.
+STEP_NUMBERS = 2_000_000
+_FEW_ROWS = 16  # products of so few rows take other paths through the BLAS from case to case: member by member
+
+
+def train_alone(training: Training, progress: Progress = lambda fraction: None) -> Trained:
+    """Train one network: a plain loop over ``torch.optim.SGD``.
+
+    Args:
+        training: what and how.
+        progress: called after every epoch with a lower bound on the fraction done.
+
+    Returns:
+        The network where the stop criterion was met, or at the cap; the model that was given is left as it is.
+
+    Raises:
+        ValueError: rows and labels that do not fit, or none.
+
+    Example:
+        >>> from flatminima.models import build
+        >>> from flatminima.study.run_spec import OptimiserSpec, StopSpec
+        >>> x, y = torch.eye(4), torch.tensor([0, 1, 0, 1])
+        >>> stop = StopSpec("accuracy", 1.0, max_epochs=300)
+        >>> found = train_alone(Training(build("mlp", (4,), 2, seed=0, hidden=(8,)), x, y, OptimiserSpec(lr=0.5), stop))
+        >>> found.met, found.stopped.accuracy
+        (True, 1.0)
+    """
+    _check([training])
+    course, options = Course(training), training.optimiser
+    model = training.model
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    optimiser = torch.optim.SGD(
+        list(weights.values()), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+    )
+    x, y = training.x, training.y
+    while not course.over:
+        batches = course.order()
+        optimiser.param_groups[0]["lr"] = course.lr
+        for number, rows in enumerate(batches, start=1):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(functional_call(model, weights, (x[rows],)), y[rows]).backward()
+            optimiser.step()
+            if course.stepped(number == len(batches)):
+                kept = {name: p.detach().clone() for name, p in weights.items()}
+                course.look(_outputs(model, kept, x), kept)
+                if course.over:
+                    break
+        progress(course.fraction)
+    return course.result()
+
+
+def train_together(trainings: Sequence[Training], progress: Progress = lambda fraction: None) -> list[Trained]:
+    """Train networks of one architecture on training sets of one size with one batch size, many at a time.
+
+    Every member ends with the bits that :func:`train_alone` gives it, whatever the others are.
+
+    Args:
+        trainings: one per member. Rows, order, step size, schedule, momentum, weight decay and stop criterion are its own.
+        progress: called after every epoch with a lower bound on the fraction done.
+
+    Returns:
+        One result per member, in the order given.
+
+    Raises:
+        ValueError: members that differ in architecture, number of rows or batch size, named with the difference.
+
+    Example:
+        >>> from flatminima.models import build
+        >>> from flatminima.study.run_spec import OptimiserSpec, StopSpec
+        >>> x, y = torch.eye(4), torch.tensor([0, 1, 0, 1])
+        >>> nets = [build("mlp", (4,), 2, seed=seed, hidden=(8,)) for seed in range(3)]
+        >>> stop = StopSpec("loss", 0.1, max_epochs=500)
+        >>> tasks = [Training(net, x, y, OptimiserSpec(lr=0.5), stop, seed) for seed, net in enumerate(nets)]
+        >>> together, alone = train_together(tasks)[2].stopped, train_alone(tasks[2]).stopped
+        >>> together.epochs == alone.epochs, all(torch.equal(together.weights[k], alone.weights[k]) for k in alone.weights)
+        (True, True)
+    """
+    _check(trainings)
+    found: list[Trained] = []
+    for group in turns(trainings):
+        before = len(found) / len(trainings)
+        share = len(group) / len(trainings)
+
+        def told(fraction: float, before: float = before, share: float = share) -> None:
+            progress(before + share * fraction)
+
+        found += [train_alone(group[0], told)] if len(group) == 1 else _Ensemble(group).train(told)
+    return found
+
+
+def turns(trainings: Sequence[Training]) -> Iterator[Sequence[Training]]:
+    """The members that are trained at once; one by one where a step of one network is already large."""
+    first = trainings[0]
+    step = min(first.optimiser.batch_size, len(first.y)) * first.x[0].numel()
+    size = max(1, STEP_NUMBERS // step)
+    size = -(-len(trainings) // -(-len(trainings) // size))  # turns of equal length
+    for start in range(0, len(trainings), size):
+        yield trainings[start : start + size]
+
+
+class _Ensemble:
+    def __init__(self, trainings: Sequence[Training]) -> None:
+        self.courses = [Course(training) for training in trainings]
+        self.results: list[Trained | None] = [None] * len(trainings)
+        self.active = list(range(len(trainings)))
+        self.model = trainings[0].model
+        self._plain = self.buffers = False
+        parameters, buffers = stack_module_state([training.model for training in trainings])
+        self._stackable = not buffers
+        self.stack: Stack = {name: p.detach().clone() for name, p in parameters.items()}
+        self.velocity: Stack | None = None
+        self._trusted: dict[int, bool] = {}
+        self._read_options()
+
+    def train(self, progress: Progress) -> list[Trained]:
+        if not self._stackable:
+            return [train_alone(course.training) for course in self.courses]
+        while self.active:
+            self._epoch()
+            progress(sum(course.fraction for course in self.courses) / len(self.courses))
+        return [result for result in self.results if result is not None]
+
+    def _read_options(self) -> None:
+        options = [self.courses[i].training.optimiser for i in self.active]
+        self._momentum = torch.tensor([o.momentum for o in options])
+        self._decay = torch.tensor([o.weight_decay for o in options])
+
+    def _epoch(self) -> None:
+        orders = [self.courses[i].order() for i in self.active]
+        rates = torch.tensor([-self.courses[i].lr for i in self.active])
+        batches = len(orders[0])
+        for number in range(batches):
+            chosen = [order[number] for order in orders]
+            x = torch.stack([self._training(i).x[rows] for i, rows in zip(self.active, chosen, strict=True)])
+            y = torch.stack([self._training(i).y[rows] for i, rows in zip(self.active, chosen, strict=True)])
+            self._update(self._gradients(x, y), rates)
+            looking = [at for at, i in enumerate(self.active) if self.courses[i].stepped(number == batches - 1)]
+            if looking:
+                self._look(looking)
+                staying = [at for at, i in enumerate(self.active) if not self.courses[i].over]
+                if len(staying) < len(self.active):
+                    orders, rates = [orders[at] for at in staying], rates[staying]
+                    self._keep(staying)
+                if not self.active:
+                    return
+
+    def _training(self, i: int) -> Training:
+        return self.courses[i].training
+
+    def _gradients(self, x: Tensor, y: Tensor) -> Stack:
+        rows = x.shape[1]
+        if rows not in self._trusted:
+            some = sorted({0, len(self.active) // 2, len(self.active) - 1})
+            self._trusted[rows] = rows >= _FEW_ROWS and same_bits(self.model, self.stack, x, y, some)
+        if self._trusted[rows]:
+            return stacked_gradients(self.model, self.stack, x, y)
+        single = [gradients_alone(self.model, member(self.stack, at), x[at], y[at]) for at in range(len(x))]
+        return {name: torch.stack([gradients[name] for gradients in single]) for name in self.stack}
+
+    def _update(self, gradients: Stack, rates: Tensor) -> None:
+        """The step of ``torch.optim.SGD``, in its order of operations."""
+        if bool(self._momentum.any()) and self.velocity is None:
+            self.velocity = {name: torch.zeros_like(p) for name, p in self.stack.items()}
+        for name, p in self.stack.items():
+            g, shape = gradients[name], (-1,) + (1,) * (p.dim() - 1)
+            if bool(self._decay.any()):
+                g = torch.addcmul(g, p, self._decay.view(shape))
+            if self.velocity is not None:
+                g = self.velocity[name].mul_(self._momentum.view(shape)).add_(g)
+            p.addcmul_(g, rates.view(shape))
+
+    def _look(self, looking: Sequence[int]) -> None:
+        outputs = self._outputs(looking)
+        for at, logits in zip(looking, outputs, strict=True):
+            course = self.courses[self.active[at]]
+            course.look(logits, {name: p.clone() for name, p in member(self.stack, at).items()})
+            if course.over:
+                self.results[self.active[at]] = course.result()
+
+    def _outputs(self, looking: Sequence[int]) -> Iterator[Tensor]:
+        """Of all training rows, one member after the other in memory: as many at once as in a step."""
+        rows = len(self._training(0).y)
+        key = -rows  # evaluation, to be told from a step
+        size = max(1, STEP_NUMBERS // self._training(0).x.numel())
+        for start in range(0, len(looking), size):
+            some = looking[start : start + size]
+            x = torch.stack([self._training(self.active[at]).x for at in some])
+            part = {name: p[some] for name, p in self.stack.items()}
+            if key not in self._trusted:
+                self._trusted[key] = rows >= _FEW_ROWS and same_outputs(self.model, part, x)
+            if self._trusted[key]:
+                with torch.no_grad():
+                    yield from stacked_outputs(self.model, part, x)
+            else:
+                yield from (_outputs(self.model, member(part, at), x[at]) for at in range(len(some)))
+
+    def _keep(self, staying: Sequence[int]) -> None:
+        self.active = [self.active[at] for at in staying]
+        self.stack = {name: p[staying] for name, p in self.stack.items()}
+        if self.velocity is not None:
+            self.velocity = {name: v[staying] for name, v in self.velocity.items()}
+        self._read_options()
+
+
+def _outputs(model: nn.Module, weights: Stack, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = functional_call(model, weights, (x,))
+    return found
+
+
+def _check(trainings: Sequence[Training]) -> None:
+    if not trainings:
+        raise ValueError("no network to train: expected at least one")
+    for number, training in enumerate(trainings):
+        rows = len(training.x)
+        if not rows or len(training.y) != rows:
+            raise ValueError(f"network {number} has {rows} rows and {len(training.y)} labels: expected as many of both")
+        if training.optimiser.name != "sgd":
+            raise ValueError(f"network {number} has optimiser {training.optimiser.name!r}: expected 'sgd'")
+        for what, of in _SHARED.items():
+            if of(training) != of(trainings[0]):
+                raise ValueError(
+                    f"network {number} has {what} {of(training)}, network 0 {of(trainings[0])}: members of an ensemble "
+                    "share it; train them in ensembles of their own"
+                )
+
+
+_SHARED: dict[str, Callable[[Training], object]] = {
+    "shape of a row": lambda t: tuple(t.x.shape[1:]),
+    "rows": lambda t: len(t.y),
+    "batch size": lambda t: min(t.optimiser.batch_size, len(t.y)),
+    "architecture": lambda t: f"{t.model}, {[tuple(p.shape) for p in t.model.parameters()]}",
+}

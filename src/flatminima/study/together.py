@@ -1,0 +1,130 @@
+"""The arithmetic of one step of many networks at once, equal in every bit to the step of each network by itself.
+
+``torch.func.vmap`` turns the matrix products of a stack of networks into batched ones. Three places round differently from
+what PyTorch does for one network, and are put right here: a linear layer adds its bias inside the product (``addmm``; batched:
+``baddbmm``), its weight gradient is one product of a fixed orientation, and an SGD step is one fused multiply-add.
+What remains is up to the BLAS at hand, and is tried out rather than assumed: :func:`same_bits` compares before a stack is trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+Stack: TypeAlias = "dict[str, Tensor]"
+"""Parameters by name, each with the members along a first axis."""
+
+
+class _Linear(torch.autograd.Function):
+    """``F.linear`` with the rounding that it has for one network, batched or not."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1])
+        ctx.wants_input = ctx.needs_input_grad[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        (out,) = gradients
+        return (out @ weight if ctx.wants_input else None), out.t() @ x, out.sum(0)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, int]:
+        x, weight, bias = (
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip((x, weight, bias), in_dims, strict=True)
+        )
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2)), 0
+
+
+class _ExactLinear(TorchFunctionMode):
+    """Within it, linear layers on matrices are :class:`_Linear`."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and len(args) == 3 and not kwargs and args[2] is not None and args[0].dim() == 2:
+            return _Linear.apply(*args)
+        return func(*args, **kwargs)
+
+
+def stacked_outputs(model: nn.Module, stack: Stack, x: Tensor) -> Tensor:
+    """Outputs of every member, ``(members, rows, classes)``, at its own rows ``(members, rows, ...)`` or at shared ones.
+
+    Args:
+        model: the network whose parameters the stack replaces; its own are not looked at.
+        stack: parameters.
+        x: inputs; with one axis more than the model takes, members have their own.
+    """
+
+    def one(parameters: Stack, rows: Tensor) -> Tensor:
+        with _ExactLinear():
+            out: Tensor = functional_call(model, parameters, (rows,))
+        return out
+
+    found: Tensor = vmap(one, randomness="error")(stack, x)
+    return found
+
+
+def stacked_gradients(model: nn.Module, stack: Stack, x: Tensor, y: Tensor) -> Stack:
+    """Gradients of the mean cross entropy of every member at its rows ``(members, rows, ...)``."""
+
+    def loss(parameters: Stack, rows: Tensor, labels: Tensor) -> Tensor:
+        with _ExactLinear():
+            return F.cross_entropy(functional_call(model, parameters, (rows,)), labels)
+
+    found: Stack = vmap(grad(loss), randomness="error")(stack, x, y)
+    return found
+
+
+def gradients_alone(model: nn.Module, parameters: Stack, x: Tensor, y: Tensor) -> Stack:
+    """Gradients of one network, as ``backward`` computes them."""
+    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    loss = F.cross_entropy(functional_call(model, leaves, (x,)), y)
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+def member(stack: Stack, index: int) -> Stack:
+    """The parameters of one member; views."""
+    return {name: p[index] for name, p in stack.items()}
+
+
+def same_bits(model: nn.Module, stack: Stack, x: Tensor, y: Tensor, members: Sequence[int]) -> bool:
+    """Whether the batched gradients of these members are those of each by itself, to the last bit.
+
+    A model that cannot be batched (dropout, batch statistics, control flow that depends on the data) has none: ``False``.
+    """
+    try:
+        together = stacked_gradients(model, stack, x, y)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False
+    return all(
+        torch.equal(alone, together[name][index])
+        for index in members
+        for name, alone in gradients_alone(model, member(stack, index), x[index], y[index]).items()
+    )
+
+
+def same_outputs(model: nn.Module, stack: Stack, x: Tensor) -> bool:
+    """Whether the batched outputs of the first and the last member are those of each by itself, to the last bit."""
+    with torch.no_grad():
+        try:
+            together = stacked_outputs(model, stack, x)
+        except (RuntimeError, NotImplementedError, ValueError):
+            return False
+        ends = (0, len(x) - 1)
+        return all(torch.equal(functional_call(model, member(stack, at), (x[at],)), together[at]) for at in ends)
