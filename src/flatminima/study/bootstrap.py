@@ -224,7 +224,7 @@ def bootstrap(
         >>> x = np.arange(20.0)
         >>> mean, = bootstrap(lambda counts: counts @ x / counts.sum(1), 20)
         >>> round(mean.value, 2), round(mean.low, 1), round(mean.high, 1)
-        (9.5, 7.0, 12.0)
+        (9.5, 7.0, 11.9)
     """
     resampling = Resampling(n, clusters=clusters, strata=strata)
     return replicates(statistic, resampling, draws=draws, seed=seed).estimates(level=level)
@@ -248,9 +248,7 @@ def _estimate(value: float, resampled: Array, a: float, resampling: Resampling, 
     shift = _normal(_below(sample, 0.0)) - bias
     one_sided = float(stats.norm.cdf(shift / (1 + a * shift) - bias)) if 1 + a * shift > 0 else 0.0
     p = min(1.0, max(2 * min(one_sided, 1 - one_sided), 1 / len(sample)))
-    return Estimate(
-        value, float(ends[0]), float(ends[1]), p, float(sample.std(ddof=1)), resampling.n, resampling.units
-    )
+    return Estimate(value, float(ends[0]), float(ends[1]), p, float(sample.std(ddof=1)), resampling.n, resampling.units)
 
 
 def _below(sample: Array, value: float) -> float:

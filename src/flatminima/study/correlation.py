@@ -21,6 +21,7 @@ def spearman(
     *,
     given: Sequence[ArrayLike] = (),
     cells: Sequence[Any] | None = None,
+    normal_scores: bool = False,
     clusters: Sequence[Any] | None = None,
     strata: Sequence[Any] | None = None,
     draws: int = DRAWS,
@@ -34,10 +35,15 @@ def spearman(
     where :math:`\hat R(Z)` is the least-squares regression of ranks on the ranks of the covariates. Within cells, ranks are
     taken and centred cell by cell and then pooled: a correlation that only says that cells differ (Simpson) is 0 there.
 
+    Regression of ranks on ranks is not all there is to a confounder: where covariates explain most of x and y and add up, as
+    when :math:`x, y = 2 z_1 + 2 z_2 + \text{noise}`, the ranks' partial correlation stays near 0.25 though x and y are independent
+    given z. Normal scores remove it whenever some monotone transformation of every column makes all jointly normal.
+
     Args:
         x, y: ``(n,)``.
         given: covariates, each ``(n,)``.
         cells: a label for each observation; also the strata of the resampling unless others are named.
+        normal_scores: correlate normal scores instead of ranks.
         clusters, strata: as for :class:`~flatminima.study.bootstrap.Resampling`.
         draws: resamples.
         seed: of the resampling.
@@ -55,7 +61,7 @@ def spearman(
         >>> round(spearman(x, y).value, 4), round(spearman(x, y, given=[[1, 4, 2, 3, 6, 5, 8, 7]]).value, 4)
         (-0.3333, -0.511)
     """
-    table = RankTable([x, y, *given], cells)
+    table = RankTable([x, y, *given], cells, normal_scores=normal_scores)
     others = range(2, table.k)
     resampled_within = cells if strata is None and clusters is None else strata
     (found,) = bootstrap(
@@ -121,6 +127,7 @@ def permutation_p(
     *,
     given: Sequence[ArrayLike] = (),
     cells: Sequence[Any] | None = None,
+    normal_scores: bool = False,
     strata: Sequence[Any] | None = None,
     draws: int = DRAWS,
     seed: int = 0,
@@ -133,7 +140,7 @@ def permutation_p(
     is permuted and regressed again (Freedman and Lane): exact as n grows.
 
     Args:
-        x, y, given, cells: as for :func:`spearman`.
+        x, y, given, cells, normal_scores: as for :func:`spearman`.
         strata: values are exchanged only within them; the cells by default. Observations that share something random, such as
             a training subset, may only be exchanged with each other.
         draws: permutations.
@@ -149,8 +156,8 @@ def permutation_p(
         >>> round(permutation_p([3, 1, 4, 1.5, 5, 9, 2, 6], [2, 7, 1, 8, 2.8, 1.8, 2.81, 8.2]), 2)
         0.43
     """
-    table = RankTable([x, y, *given], cells)
-    ranks = table.ranks()
+    table = RankTable([x, y, *given], cells, normal_scores=normal_scores)
+    ranks = table.scores()
     basis = np.linalg.svd(ranks[2:], full_matrices=False)
     used = basis[1] > 1e-10 * max(float(np.abs(ranks[2:]).max(initial=0.0)), 1.0) * table.n
     directions = basis[2][used]
@@ -194,7 +201,7 @@ def repeatability(repeats: ArrayLike) -> float:
     return float(np.mean(pairs))
 
 
-def spearman_brown(half: Array | float) -> Array | float:
+def spearman_brown(half: ArrayLike) -> Array:
     """Reliability of a mean of two halves from their correlation: 2r / (1 + r); NaN where r is not above 0.
 
     Source: Spearman; Brown (both 1910).
@@ -203,11 +210,12 @@ def spearman_brown(half: Array | float) -> Array | float:
         >>> float(spearman_brown(0.5)).__round__(4)
         0.6667
     """
+    r = np.asarray(half, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(np.asarray(half) > 0, 2 * np.asarray(half) / (1 + np.asarray(half)), np.nan)
+        return np.where(r > 0, 2 * r / (1 + r), np.nan)
 
 
-def corrected(rho: Array | float, reliability_x: Array | float, reliability_y: Array | float) -> Array | float:
+def corrected(rho: ArrayLike, reliability_x: ArrayLike, reliability_y: ArrayLike) -> Array:
     r"""What the correlation of two quantities would be if both were measured without error.
 
     .. math:: \rho / \sqrt{r_x r_y}
@@ -221,9 +229,9 @@ def corrected(rho: Array | float, reliability_x: Array | float, reliability_y: A
         >>> float(corrected(0.3, 0.9, 0.4)).__round__(4)
         0.5
     """
-    product = np.where((np.asarray(reliability_x) > 0) & (np.asarray(reliability_y) > 0), 1.0, np.nan)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(rho) / np.sqrt(np.asarray(reliability_x) * np.asarray(reliability_y) * product)
+    x, y = np.asarray(reliability_x, dtype=np.float64), np.asarray(reliability_y, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where((x > 0) & (y > 0), np.asarray(rho) / np.sqrt(x * y), np.nan)
 
 
 def across_clusters(values: Sequence[float], sizes: Sequence[int], *, level: float = LEVEL) -> Estimate:
@@ -251,7 +259,8 @@ def across_clusters(values: Sequence[float], sizes: Sequence[int], *, level: flo
     n, groups = sum(size for _, size in kept), len(kept)
     if groups < 2:
         mean = float(np.tanh(z.mean())) if groups else math.nan
-        return Estimate(mean, *[math.nan] * 4, n, groups, "no interval: fewer than two clusters")
+        nothing = math.nan
+        return Estimate(mean, nothing, nothing, nothing, nothing, n, groups, "no interval: fewer than two clusters")
     mean, se = float(z.mean()), float(z.std(ddof=1)) / math.sqrt(groups)
     half = float(stats.t.ppf((1 + level) / 2, groups - 1)) * se
     p = float(2 * stats.t.sf(abs(mean) / se, groups - 1)) if se > 0 else math.nan

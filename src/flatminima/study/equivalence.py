@@ -106,7 +106,7 @@ def tost_paired(differences: Sequence[float], margin: float) -> Equivalence:
 
     Example:
         >>> round(tost_paired([0.1, -0.05, 0.02, 0.0], 0.2).p, 4)
-        0.0061
+        0.005
     """
     found = interval(differences)
     mean, sd, n = found["mean"], found["sd"], found["n"]

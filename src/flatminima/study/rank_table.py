@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 Array: TypeAlias = "NDArray[np.float64]"
 
@@ -40,6 +41,7 @@ class RankTable:
         columns: each ``(n,)``.
         cells: a label for each observation; ranks are then taken within cells, divided by the number of observations there
             and centred there, so that only differences inside cells speak. One cell by default.
+        normal_scores: replace rank r of n by the normal quantile :math:`\Phi^{-1}(r / (n + 1))`.
 
     Raises:
         ValueError: no column, columns of different lengths, fewer than 3 observations, or a value that is not finite.
@@ -50,7 +52,9 @@ class RankTable:
         [[5.0, 2.0], [2.0, 5.0]]
     """
 
-    def __init__(self, columns: Sequence[ArrayLike], cells: Sequence[Any] | None = None) -> None:
+    def __init__(
+        self, columns: Sequence[ArrayLike], cells: Sequence[Any] | None = None, *, normal_scores: bool = False
+    ) -> None:
         arrays = [np.asarray(column, dtype=np.float64) for column in columns]
         if not arrays or any(array.ndim != 1 or len(array) != len(arrays[0]) for array in arrays):
             shapes = ", ".join(str(array.shape) for array in arrays) or "none"
@@ -67,7 +71,8 @@ class RankTable:
         if cells is not None and len(cells) != self.n:
             raise ValueError(f"cells has {len(cells)} labels for {self.n} observations: expected one each")
         self.k = len(arrays)
-        self._scaled = cells is not None
+        self._scaled = cells is not None and not normal_scores
+        self._normal = normal_scores
         members: dict[Any, list[int]] = {}
         for row in range(self.n):
             members.setdefault(None if cells is None else cells[row], []).append(row)
@@ -84,20 +89,33 @@ class RankTable:
             ranks = np.empty((len(counts), self.k, len(rows)))
             for position, column in enumerate(columns):
                 ranks[:, position] = column(drawn)
-            ranks -= (size[:, None, None] + 1.0) / 2.0  # the mean rank is known
-            if self._scaled:
-                ranks /= np.maximum(size, 1.0)[:, None, None]
+            self._score(ranks, drawn, size)
             total += (ranks * drawn[:, None, :]) @ ranks.transpose(0, 2, 1)
         return total
 
-    def ranks(self) -> Array:
-        """Centred ranks ``(k, n)`` of the data themselves; 0 in cells of one observation."""
+    def scores(self) -> Array:
+        """Centred ranks or scores ``(k, n)`` of the data themselves; 0 in cells of one observation."""
         found = np.zeros((self.k, self.n))
         for rows, columns in self._cells:
-            for position, column in enumerate(columns):
-                ranks = column(np.ones((1, len(rows))))[0] - (len(rows) + 1.0) / 2.0
-                found[position, rows] = ranks / len(rows) if self._scaled else ranks
+            once = np.ones((1, len(rows)))
+            ranks = np.stack([column(once) for column in columns], axis=1)
+            self._score(ranks, once, np.array([float(len(rows))]))
+            found[:, rows] = ranks[0]
         return found
+
+    def _score(self, ranks: Array, drawn: Array, size: Array) -> None:
+        """Turn ranks ``(b, k, m)`` into centred scores, in place."""
+        if self._normal:
+            if (size == size[0]).all():  # ranks are multiples of a half: look their quantiles up
+                quantiles = stats.norm.ppf(np.arange(1, 2 * int(size[0]) + 2) / (2 * (size[0] + 1)))
+                ranks[:] = quantiles[np.maximum((2 * ranks).astype(np.intp) - 1, 0)]
+            else:
+                ranks[:] = stats.norm.ppf(np.clip(ranks, 0.5, None) / (np.maximum(size, 1.0) + 1)[:, None, None])
+            ranks -= ranks @ (drawn / np.maximum(size, 1.0)[:, None])[:, :, None]
+            return
+        ranks -= (size[:, None, None] + 1.0) / 2.0  # the mean rank is known
+        if self._scaled:
+            ranks /= np.maximum(size, 1.0)[:, None, None]
 
 
 def correlation_of(covariances: Array, i: int, j: int) -> Array:

@@ -98,7 +98,7 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     for independent or positively dependent p-values. Benjamini and Hochberg, "Controlling the false discovery rate" (1995).
 
     Example:
-        >>> benjamini_hochberg([0.01, 0.04, 0.03, 0.5])
-        [0.04, 0.05333333333333334, 0.05333333333333334, 0.5]
+        >>> [round(p, 4) for p in benjamini_hochberg([0.01, 0.04, 0.03, 0.5])]
+        [0.04, 0.0533, 0.0533, 0.5]
     """
     return [] if not p_values else [float(p) for p in stats.false_discovery_control(p_values)]
