@@ -35,9 +35,9 @@ def spearman(
     where :math:`\hat R(Z)` is the least-squares regression of ranks on the ranks of the covariates. Within cells, ranks are
     taken and centred cell by cell and then pooled: a correlation that only says that cells differ (Simpson) is 0 there.
 
-    Regression of ranks on ranks is not all there is to a confounder: where covariates explain most of x and y and add up, as
-    when :math:`x, y = 2 z_1 + 2 z_2 + \text{noise}`, the ranks' partial correlation stays near 0.25 though x and y are independent
-    given z. Normal scores remove it whenever some monotone transformation of every column makes all jointly normal.
+    Regression of ranks on ranks does not remove all of a confounder: where covariates add up and explain nearly all of x and
+    y, as in :math:`x, y = 2 z_1 + 2 z_2 + \text{noise}`, a partial correlation of 0.25 is left though x and y are independent
+    given z. Normal scores remove it as n grows, wherever monotone transformations of the columns make all jointly normal.
 
     Args:
         x, y: ``(n,)``.
