@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -15,16 +15,29 @@ Work: TypeAlias = Callable[[Job, Report], Any]
 class Event:
     """Something that happened to the job at ``index``.
 
-    Exactly one of these holds: it is ``fraction`` done; it ``ended`` with ``result``; it raised ``error``; its process is
-    ``lost`` (killed, out of memory, machine gone), which says nothing about the job itself.
+    Exactly one of these holds: it is ``fraction`` done; it made a ``part`` of its result, in a tuple of one; it ``ended`` with
+    ``result``; it raised ``error``; its process is ``lost`` (killed, out of memory, machine gone), which says nothing about the
+    job itself.
     """
 
     index: int
     fraction: float | None = None
+    part: tuple[Any] | None = None
     ended: bool = False
     result: Any = None
     error: BaseException | None = None
     lost: str = ""
+
+
+def gathered(result: Any, part: Callable[[Any], None]) -> Any:
+    """What a job returned; from a generator, the list of what it yields, each told to ``part`` as it comes."""
+    if not isinstance(result, Generator):
+        return result
+    parts = []
+    for item in result:
+        parts.append(item)
+        part(item)
+    return parts
 
 
 class Executor(Protocol):

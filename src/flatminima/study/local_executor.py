@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,20 +20,25 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext
 from multiprocessing.queues import SimpleQueue
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from flatminima.study.executor import Event, Job, Work
+from flatminima.study.executor import Event, Job, Work, gathered
 
-_reports: SimpleQueue[tuple[int, float]] | None = None
+_Message: TypeAlias = "tuple[int, float | str]"  # a fraction, or the file of a part of a result
+_reports: SimpleQueue[_Message] | None = None
 
 
 class _Worker:
-    """One process, started at its first job. Its reports have a queue of their own: a killed writer keeps the lock."""
+    """One process, started at its first job.
+
+    Its reports have a queue of their own: a killed writer keeps the lock. They are short enough for the pipe to take whole, as
+    a reader would wait for ever for the rest of one; parts of results therefore travel in files, and only their paths here.
+    """
 
     def __init__(self, context: SpawnContext) -> None:
-        self.queue: SimpleQueue[tuple[int, float]] = context.SimpleQueue()
+        self.queue: SimpleQueue[_Message] = context.SimpleQueue()
         self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(self.queue, os.getpid()))
 
 
@@ -40,6 +48,7 @@ class LocalExecutor:
     def __init__(self, work: Work[Any], workers: int) -> None:
         self.capacity: int | None = workers
         self._work = work
+        self._folder = tempfile.mkdtemp(prefix="flatminima-")
         self._context = multiprocessing.get_context("spawn")
         self._others = set(multiprocessing.active_children())
         self._free: list[_Worker] = []
@@ -49,15 +58,15 @@ class LocalExecutor:
         """Give the job to a free worker, or to a new one."""
         worker = self._free.pop() if self._free else _Worker(self._context)
         with _interrupts_ignored():
-            self._busy[worker.pool.submit(_call, self._work, job, index)] = index, worker
+            self._busy[worker.pool.submit(_call, self._work, job, index, self._folder)] = index, worker
 
     def events(self, seconds: float) -> Iterator[Event]:
         """Reports first, then what has ended."""
         done, _ = wait(self._busy, timeout=seconds, return_when=FIRST_COMPLETED)
         for _, worker in self._busy.values():
             while not worker.queue.empty():
-                index, fraction = worker.queue.get()
-                yield Event(index, fraction=fraction)
+                index, message = worker.queue.get()
+                yield Event(index, part=_read(message)) if isinstance(message, str) else Event(index, fraction=message)
         for future in done:
             index, worker = self._busy.pop(future)
             error = future.exception()
@@ -72,6 +81,7 @@ class LocalExecutor:
         """Wait for the idle processes to end."""
         for worker in self._free:
             worker.pool.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def kill(self) -> None:
         """Terminate every process that was started here."""
@@ -79,6 +89,7 @@ class LocalExecutor:
             worker.pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - self._others:
             process.terminate()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -95,7 +106,7 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _start(queue: SimpleQueue[tuple[int, float]], parent: int) -> None:
+def _start(queue: SimpleQueue[_Message], parent: int) -> None:
     global _reports
     _reports = queue
     torch.set_num_threads(1)
@@ -110,9 +121,28 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _call(work: Work[Job], job: Job, index: int) -> Any:
+def _call(work: Work[Job], job: Job, index: int, folder: str) -> Any:
     def report(fraction: float) -> None:
         if _reports is not None:
             _reports.put((index, fraction))
 
-    return work(job, report)
+    def part(item: Any) -> None:
+        if _reports is None:
+            return
+        handle, path = tempfile.mkstemp(dir=folder)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                pickle.dump(item, stream)
+        except OSError:  # no room: it comes with the result
+            os.unlink(path)
+        else:
+            _reports.put((index, path))
+
+    return gathered(work(job, report), part)
+
+
+def _read(path: str) -> tuple[Any]:
+    with open(path, "rb") as stream:
+        item = pickle.load(stream)
+    os.unlink(path)
+    return (item,)

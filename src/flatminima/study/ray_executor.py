@@ -17,7 +17,7 @@ import torch
 
 import flatminima
 from flatminima.data.files import VARIABLE
-from flatminima.study.executor import Event, Work
+from flatminima.study.executor import Event, Work, gathered
 
 _HANDED_ON = (VARIABLE,)
 
@@ -63,7 +63,10 @@ class RayExecutor:
         ray = self._ray
         done, _ = ray.wait(list(self._busy), num_returns=1, timeout=seconds)
         with contextlib.suppress(ray.exceptions.RayError):  # reports are a courtesy
-            for index, fraction in ray.get(self._reports.take.remote(), timeout=10):
+            fractions, parts = ray.get(self._reports.take.remote(), timeout=10)
+            for index, item in parts:
+                yield Event(index, part=(item,))
+            for index, fraction in fractions:
                 yield Event(index, fraction=fraction)
         for reference in done:
             index = self._busy.pop(reference)
@@ -90,17 +93,22 @@ class RayExecutor:
 
 
 class _Reports:
-    """Keeps the latest report of each job until the driver takes them."""
+    """Keeps the latest report of each job, and parts of results, until the driver takes them."""
 
     def __init__(self) -> None:
         self._latest: dict[int, float] = {}
+        self._parts: list[tuple[int, Any]] = []
 
     def put(self, index: int, fraction: float) -> None:
         self._latest[index] = fraction
 
-    def take(self) -> list[tuple[int, float]]:
+    def part(self, index: int, item: Any) -> None:
+        self._parts.append((index, item))
+
+    def take(self) -> tuple[list[tuple[int, float]], list[tuple[int, Any]]]:
         latest, self._latest = list(self._latest.items()), {}
-        return latest
+        parts, self._parts = self._parts, []
+        return latest, parts
 
 
 def _imported() -> Any:
@@ -133,4 +141,5 @@ def _call(work: Work[Any], job: Any, index: int, reports: Any, version: str) -> 
             "install the same version on every machine"
         )
     torch.set_num_threads(1)
-    return work(job, lambda fraction: reports.put.remote(index, fraction))
+    result = work(job, lambda fraction: reports.put.remote(index, fraction))
+    return gathered(result, lambda item: reports.part.remote(index, item))

@@ -32,6 +32,7 @@ def run_jobs(
     ray: str | None = None,
     resources: Mapping[str, float] | None = None,
     done: Callable[[int, Any], None] = lambda index, result: None,
+    part: Callable[[int, Any], None] = lambda index, item: None,
     progress: Callable[[int, float], None] = lambda index, fraction: None,
 ) -> None:
     """Call ``work(job, report)`` for every job, ``workers`` at a time.
@@ -39,12 +40,15 @@ def run_jobs(
     A job whose process dies (killed, out of memory, machine gone) is begun again, up to three times in all.
 
     Args:
-        work: a module-level function; ``report(fraction)`` tells how far it is.
-        jobs: picklable.
+        work: a module-level function; ``report(fraction)`` tells how far it is. A generator's result is the list of what it
+            yields.
+        jobs: picklable. A job is taken from the sequence when it is begun, also when it is begun again.
         workers: at once, at least 1. Default: one; on a cluster, as many as it has room for.
         ray: address of a Ray cluster (``host:port``, ``auto``, ``local``) instead of processes of this machine.
         resources: of a job on the cluster, such as ``{"num_gpus": 1}``; one core by default.
         done: called in this process with a job's index and what ``work`` returned for it, in the order of completion.
+        part: called in this process with a job's index and what its generator yielded, soon after; parts can get lost with a
+            process, and all of them are in the result.
         progress: called in this process with a job's index and the fraction done; 1 when it has ended.
 
     Raises:
@@ -61,7 +65,7 @@ def run_jobs(
         LocalExecutor(work, min(workers or 1, len(jobs))) if ray is None else RayExecutor(work, ray, workers, resources)
     )
     try:
-        _run(executor, jobs, done, progress)
+        _run(executor, jobs, done, part, progress)
     except BaseException:
         executor.kill()
         raise
@@ -72,6 +76,7 @@ def _run(
     executor: Executor,
     jobs: Sequence[Job],
     done: Callable[[int, Any], None],
+    part: Callable[[int, Any], None],
     progress: Callable[[int, float], None],
 ) -> None:
     waiting = deque(range(len(jobs)))
@@ -87,6 +92,9 @@ def _run(
         for event in sorted(executor.events(_WAIT), key=lambda event: event.error is not None):
             if event.fraction is not None:
                 progress(event.index, event.fraction)
+                continue
+            if event.part is not None:
+                part(event.index, event.part[0])
                 continue
             running -= 1
             if event.error is not None:
