@@ -1,9 +1,9 @@
 """Many small networks trained at once, each with the bits that it would have by itself.
 
-A network of a few thousand weights spends most of its training time between operations. An ensemble makes each operation once
-for all: the parameters of the members are stacked (``torch.func.stack_module_state``), gradients are taken under ``vmap``, every
-member has its own rows, order, step size and stop criterion, and leaves when it is done. Whether the stack rounds as single
-networks do is tried out for every size of batch that occurs; where it does not, that step is made member by member.
+A network of a few thousand weights spends much of its training time between operations. An ensemble makes each operation
+once for all: the parameters of the members are stacked (``torch.func.stack_module_state``), gradients are taken under ``vmap``,
+every member has its own rows, order, step size and stop criterion, and leaves when it is done. Whether the stack rounds as
+single networks do is tried out for every size of batch that occurs; where it does not, that step is made member by member.
 """
 
 from __future__ import annotations

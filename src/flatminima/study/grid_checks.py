@@ -25,6 +25,7 @@ from flatminima.study.run_spec import (
     OptimiserSpec,
     StopSpec,
 )
+from flatminima.study.study_measures import STUDY_MEASURES, wrong_options
 from flatminima.study.toml_lines import Path
 
 # Data sets that studies know: shape of a picture, most rows for training, classes. Digits have no test rows of their own.
@@ -112,8 +113,13 @@ def _cannot_be_built(model: ModelSpec, data: str) -> str:
 def check_measures(measures: Sequence[MeasureSpec], path: Path, problems: Problems) -> None:
     """Add what is wrong with the last of these measures, which stands at ``path``."""
     measure = measures[-1]
+    if measure.name in STUDY_MEASURES:
+        if (wrong := wrong_options(measure)) is not None:
+            problems.add((*path, "options", wrong[0]), wrong[1])
+        _check_label(measures, path, problems)
+        return
     if measure.name not in MEASURES:
-        problems.add((*path, "name"), unknown("measure", measure.name, MEASURES))
+        problems.add((*path, "name"), unknown("measure", measure.name, (*MEASURES, *STUDY_MEASURES)))
     known = tuple(field.name for field in dataclasses.fields(MeasureOptions))
     for option in dict(measure.options):
         if option not in known:
@@ -124,6 +130,11 @@ def check_measures(measures: Sequence[MeasureSpec], path: Path, problems: Proble
         MeasureOptions(**options)
     except (ValueError, TypeError) as error:
         problems.add((*path, "options"), str(error))
+    _check_label(measures, path, problems)
+
+
+def _check_label(measures: Sequence[MeasureSpec], path: Path, problems: Problems) -> None:
+    measure = measures[-1]
     if any(other.label == measure.label for other in measures[:-1]):
         where = "label" if measure.label != measure.name else "name"
         problems.add((*path, where), f"{measure.label!r} is the second of this name: expected a label of its own")

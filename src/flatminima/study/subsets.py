@@ -1,9 +1,9 @@
 """The rows that a network of a study is trained, probed and tested on.
 
-After the notebooks of M. T. Bennett, "Are Flat Minima an Illusion?" (arXiv:2605.05209): the training subset is the first n rows
-of one permutation of the official training rows, nested over n, and everything else (the other training rows in the order of the
-file, then the test rows) is unseen; probes are drawn from it. Accuracy is that on the official test rows, or on all unseen rows
-where there is no official test set. Halves a and b of these rows are for selection and for the report.
+After the notebooks of M. T. Bennett, "Are Flat Minima an Illusion?" (arXiv:2605.05209): the training subset is the first n
+rows of one permutation of the official training rows, nested over n, and everything else (the other training rows in the order
+of the file, then the test rows) is unseen; probes are drawn from it. Accuracy is that on the official test rows, or on all
+unseen rows where there is no official test set. Halves a and b of these rows are for selection and for the report.
 """
 
 from __future__ import annotations
@@ -23,15 +23,8 @@ from flatminima.names import unknown
 from flatminima.study.run_spec import DataSpec
 
 _SOURCES: Mapping[str, Callable[[], sources.Source]] = MappingProxyType(
-    {
-        "mnist": sources.mnist,
-        "fashion-mnist": sources.fashion_mnist,
-        "digits": sources.digits,
-        "cifar10": sources.cifar10,
-        "cifar100": sources.cifar100,
-    }
+    {"mnist": sources.mnist, "fashion-mnist": sources.fashion_mnist, "digits": sources.digits}
 )
-STUDY_DATA = tuple(_SOURCES)
 _CHUNK = 8192
 
 

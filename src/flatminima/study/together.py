@@ -3,7 +3,8 @@
 ``torch.func.vmap`` turns the matrix products of a stack of networks into batched ones. Three places round differently from
 what PyTorch does for one network, and are put right here: a linear layer adds its bias inside the product (``addmm``; batched:
 ``baddbmm``), its weight gradient is one product of a fixed orientation, and an SGD step is one fused multiply-add.
-What remains is up to the BLAS at hand, and is tried out rather than assumed: :func:`same_bits` compares before a stack is trusted.
+What remains is up to the BLAS at hand, and is tried out rather than assumed: :func:`same_bits` compares before a stack is
+trusted.
 """
 
 from __future__ import annotations
@@ -40,9 +41,7 @@ class _Linear(torch.autograd.Function):
         return (out @ weight if ctx.wants_input else None), out.t() @ x, out.sum(0)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor
-    ) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, int]:
         x, weight, bias = (
             t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
             for t, dim in zip((x, weight, bias), in_dims, strict=True)
