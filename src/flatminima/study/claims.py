@@ -32,19 +32,22 @@ class Claims:
     def take(self, runs: Sequence[str]) -> list[str]:
         """Those of these runs that are neither recorded nor claimed by a living process; they are claimed now."""
         with self._transaction():
-            now = time.time()
-            free = []
-            for run in runs:
-                row = self._connection.execute("SELECT status, owner, lease FROM runs WHERE id = ?", (run,)).fetchone()
-                if (
-                    row is not None
-                    and row[0] is None
-                    and (row[1] in (None, self.owner) or not _alive(row[1], row[2], now))
-                ):
-                    free.append(run)
-            rows = ((self.owner, now + LEASE, run) for run in free)
+            free = self.free(runs)
+            rows = ((self.owner, time.time() + LEASE, run) for run in free)
             self._connection.executemany("UPDATE runs SET owner = ?, lease = ? WHERE id = ?", rows)
             return free
+
+    def free(self, runs: Sequence[str]) -> list[str]:
+        """The same, and nothing is claimed."""
+        now = time.time()
+        found = []
+        for run in runs:
+            row = self._connection.execute("SELECT status, owner, lease FROM runs WHERE id = ?", (run,)).fetchone()
+            if row is None or row[0] is not None:
+                continue
+            if row[1] is None or row[1] == self.owner or not _alive(row[1], row[2], now):
+                found.append(run)
+        return found
 
     def renew(self, owner: str | None = None) -> None:
         """Hold the claims for another ``LEASE`` seconds; ``owner`` from a thread with a connection of its own."""

@@ -37,9 +37,11 @@ class _Worker:
     a reader would wait for ever for the rest of one; parts of results therefore travel in files, and only their paths here.
     """
 
-    def __init__(self, context: SpawnContext) -> None:
+    def __init__(self, context: SpawnContext, folder: str) -> None:
         self.queue: SimpleQueue[_Message] = context.SimpleQueue()
-        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(self.queue, os.getpid()))
+        self.pool = ProcessPoolExecutor(
+            1, mp_context=context, initializer=_start, initargs=(self.queue, os.getpid(), folder)
+        )
 
 
 class LocalExecutor:
@@ -56,7 +58,7 @@ class LocalExecutor:
 
     def submit(self, index: int, job: Any) -> None:
         """Give the job to a free worker, or to a new one."""
-        worker = self._free.pop() if self._free else _Worker(self._context)
+        worker = self._free.pop() if self._free else _Worker(self._context, self._folder)
         with _interrupts_ignored():
             self._busy[worker.pool.submit(_call, self._work, job, index, self._folder)] = index, worker
 
@@ -106,18 +108,19 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _start(queue: SimpleQueue[_Message], parent: int) -> None:
+def _start(queue: SimpleQueue[_Message], parent: int, folder: str) -> None:
     global _reports
     _reports = queue
     torch.set_num_threads(1)
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it was not inherited
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent, folder), daemon=True).start()
 
 
-def _end_with_parent(parent: int) -> None:
+def _end_with_parent(parent: int, folder: str) -> None:
     while os.getppid() == parent:
         time.sleep(0.2)
+    shutil.rmtree(folder, ignore_errors=True)  # the parent was killed and could not
     os._exit(1)
 
 
