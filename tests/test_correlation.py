@@ -308,7 +308,7 @@ def test_few_clusters_are_covered_by_the_t_interval() -> None:
     assert math.isnan(across_clusters([], []).value)
 
 
-@pytest.mark.parametrize("kind", ["ties", "partial", "cells"])
+@pytest.mark.parametrize("kind", ["ties", "partial", "cells", "blocks"])
 def test_permutation_p_errs_at_its_level(kind: str) -> None:
     rejected, trials = 0, 1000
     for trial in range(trials):
@@ -320,11 +320,30 @@ def test_permutation_p_errs_at_its_level(kind: str) -> None:
         elif kind == "partial":
             z = rng.standard_normal((2, 40))
             x, y, options = x + 0.7 * z.sum(0), y + 0.7 * z.sum(0), {"given": z}
+        elif kind == "blocks":  # seeds that differ, each in every cell
+            cells, seeds = np.repeat(np.arange(4), 10).tolist(), np.tile(np.arange(10), 4).tolist()
+            x, y = (column + 2 * rng.standard_normal(10)[seeds] for column in (x, y))
+            options = {"cells": cells, "blocks": seeds}
         else:
             cells = np.repeat(np.arange(4), 10)
             x, y, options = x + 5 * cells, y + 5 * cells, {"cells": cells.tolist()}
         rejected += permutation_p(x, y, draws=199, seed=trial, **options) <= 0.05
     assert rejected / trials == pytest.approx(0.05, abs=0.02)
+
+
+def test_blocks_move_as_a_whole() -> None:
+    rng = np.random.default_rng(0)
+    seeds, cells = [0, 1, 2, 3] * 2, ["a"] * 4 + ["b"] * 4
+    x, y = rng.normal(size=(2, 8))
+    ranks = RankTable([x, y], cells).scores()
+    both = ranks[1].reshape(2, 4)
+    exact = np.abs([ranks[0] @ both[:, order].ravel() for order in itertools.permutations(range(4))])
+    expected = float((exact >= abs(ranks[0] @ ranks[1]) - 1e-12).mean())
+    assert permutation_p(x, y, cells=cells, blocks=seeds, draws=50_000) == pytest.approx(expected, abs=0.01)
+    with pytest.raises(ValueError, match="block 3 is not in every stratum"):
+        permutation_p(x[:7], y[:7], cells=cells[:7], blocks=seeds[:7])
+    with pytest.raises(ValueError, match="block 0 has two observations"):
+        permutation_p(x, y, blocks=seeds)
 
 
 def test_what_ranks_leave_of_a_strong_confounder_normal_scores_remove() -> None:

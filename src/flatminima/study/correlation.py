@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from flatminima.study.bootstrap import DRAWS, Array, Estimate, bootstrap
@@ -129,6 +129,7 @@ def permutation_p(
     cells: Sequence[Any] | None = None,
     normal_scores: bool = False,
     strata: Sequence[Any] | None = None,
+    blocks: Sequence[Any] | None = None,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> float:
@@ -143,11 +144,16 @@ def permutation_p(
         x, y, given, cells, normal_scores: as for :func:`spearman`.
         strata: values are exchanged only within them; the cells by default. Observations that share something random, such as
             a training subset, may only be exchanged with each other.
+        blocks: a label for each observation; blocks, such as seeds, are exchanged as a whole, each value with that of the same
+            stratum. Every block has one observation in every stratum.
         draws: permutations.
         seed: of the permutations.
 
     Returns:
         p; NaN where the correlation is not defined.
+
+    Raises:
+        ValueError: a block that lacks a stratum or has it twice; otherwise as for :func:`spearman`.
 
     Source: Freedman and Lane, "A nonstochastic interpretation of reported significance levels", 1983; Phipson and Smyth,
     "Permutation p-values should never be zero", 2010.
@@ -165,22 +171,40 @@ def permutation_p(
     total = float(left_x @ left_x)
     if min(total, float(left_y @ left_y)) <= 1e-10 * max(float(ranks[0] @ ranks[0]), float(ranks[1] @ ranks[1])):
         return math.nan
-    groups = strata if strata is not None else cells
-    members: dict[Any, list[int]] = {}
-    for row in range(table.n):
-        members.setdefault(None if groups is None else groups[row], []).append(row)
+    groups = strata if strata is not None else cells if cells is not None else [None] * table.n
+    squares = _exchanged(groups, blocks)
     rng = np.random.default_rng(seed)
     observed = abs(float(left_x @ left_y)) / math.sqrt(total * float(left_y @ left_y))
-    extreme, block = 0, max(1, 4_000_000 // table.n)
-    for start in range(0, draws, block):
-        rows = min(block, draws - start)
+    extreme, most = 0, max(1, 1_000_000 // table.n)
+    for start in range(0, draws, most):
+        rows = min(most, draws - start)
         permuted = np.empty((rows, table.n))
-        for inside in map(np.array, members.values()):
-            permuted[:, inside] = rng.permuted(np.broadcast_to(left_y[inside], (rows, len(inside))), axis=1)
+        for places in squares:  # (exchanged, that move together)
+            order = rng.permuted(np.broadcast_to(np.arange(len(places)), (rows, len(places))), axis=1)
+            permuted[:, places] = left_y[places[order]]
         rest = (permuted**2).sum(1) - ((permuted @ directions.T) ** 2).sum(1)
         with np.errstate(invalid="ignore", divide="ignore"):
             extreme += int((np.abs(permuted @ left_x) / np.sqrt(total * rest) >= observed - 1e-12).sum())
     return (1 + extreme) / (1 + draws)
+
+
+def _exchanged(strata: Sequence[Any], blocks: Sequence[Any] | None) -> list[NDArray[np.intp]]:
+    """Places ``(exchanged, that move together)``: one array for each stratum, or one in all where there are blocks."""
+    members: dict[Any, dict[Any, int]] = {}
+    for place, stratum in enumerate(strata):
+        line = members.setdefault(stratum, {})
+        label = place if blocks is None else blocks[place]
+        if label in line:
+            raise ValueError(f"block {label!r} has two observations in stratum {stratum!r}: expected one in each")
+        line[label] = place
+    if blocks is None:
+        return [np.array(list(line.values()))[:, None] for line in members.values()]
+    first = next(iter(members.values()))
+    for stratum, line in members.items():
+        missing = set(first) ^ set(line)
+        if missing:
+            raise ValueError(f"block {next(iter(missing))!r} is not in every stratum ({stratum!r} differs)")
+    return [np.array([[line[label] for line in members.values()] for label in first])]
 
 
 def repeatability(repeats: ArrayLike) -> float:
