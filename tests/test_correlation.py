@@ -25,6 +25,7 @@ from flatminima.study.correlation import (
     spearman,
     spearman_brown,
 )
+from flatminima.study.dependent import difference_of_sizes
 from flatminima.study.rank_table import RankTable, partial_of
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "statistics.json").read_text())
@@ -179,9 +180,9 @@ def test_whole_clusters_are_drawn_and_strata_keep_their_size() -> None:
 
 
 def test_statistics_of_one_bootstrap_can_be_combined() -> None:
-    x = np.random.default_rng(6).normal(size=(2, 50))
+    x = np.random.default_rng(6).normal(1.0, 1.0, size=(2, 50))
     both = replicates(lambda counts: counts @ x.T / counts.sum(1)[:, None], Resampling(50), draws=500)
-    (difference,) = both.derived(lambda v: v[:, 0] - v[:, 1]).estimates()
+    (difference,) = difference_of_sizes(both.column(0), both.column(1)).estimates()
     (alone,) = bootstrap(lambda counts: counts @ (x[0] - x[1]) / counts.sum(1), 50, draws=500)
     assert difference.low == pytest.approx(alone.low, rel=1e-9)
     assert difference.p == pytest.approx(alone.p, rel=1e-6)

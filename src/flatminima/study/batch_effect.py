@@ -25,8 +25,9 @@ def matched_differences(table: RunTable, outcome: str) -> dict[Key, dict[float, 
     Example:
         >>> from flatminima.study.run_spec import Record
         >>> def record(batch, accuracy):
-        ...     spec = {"data": {"name": "digits", "rows": 250, "subset_seed": 42}, "optimiser": {"lr": 0.1, "batch_size": batch}}
-        ...     return Record("a" * 64, spec | {"seed": 0, "order_seed": 0}, "finished", values={"test.accuracy": accuracy})
+        ...     spec = {"data": {"name": "digits", "rows": 250, "subset_seed": 42}, "seed": 0, "order_seed": 0}
+        ...     spec["optimiser"] = {"lr": 0.1, "batch_size": batch}
+        ...     return Record("a" * 64, spec, "finished", values={"test.accuracy": accuracy})
         >>> matched_differences(RunTable((record(64, 0.5), record(250, 0.75))), "test.accuracy")
         {('digits', 250): {0.1: {(42, 0, 0): 0.25}}}
     """

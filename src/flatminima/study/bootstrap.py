@@ -133,8 +133,7 @@ class Resampling:
 class Replicates:
     """Values of m statistics: on the data ``(m,)``, on the resamples ``(draws, m)``, and the BCa constants.
 
-    Statistics that share their resamples can be combined: the difference of two of them has as replicates the
-    differences. Use :meth:`derived`.
+    Statistics that share their resamples can be combined: the replicates of a difference are the differences.
     """
 
     value: Array
@@ -142,14 +141,9 @@ class Replicates:
     jackknife: Array
     resampling: Resampling
 
-    def derived(self, function: Statistic) -> Replicates:
-        """Replicates of what a function ``(b, m) -> (b,) or (b, k)`` makes of the statistics."""
-        return Replicates(
-            _columns(function(self.value[None]))[0],
-            _columns(function(self.resampled)),
-            _columns(function(self.jackknife)),
-            self.resampling,
-        )
+    def column(self, i: int) -> Replicates:
+        """One of the statistics."""
+        return Replicates(self.value[[i]], self.resampled[:, [i]], self.jackknife[:, [i]], self.resampling)
 
     def estimates(self, *, level: float = LEVEL) -> list[Estimate]:
         """Every statistic with its BCa interval."""
@@ -158,10 +152,6 @@ class Replicates:
             _estimate(float(value), self.resampled[:, i], float(acceleration[i]), self.resampling, level)
             for i, value in enumerate(self.value)
         ]
-
-    def intervals(self, *, level: float) -> list[tuple[float, float]]:
-        """Only the ends, at another level."""
-        return [(found.low, found.high) for found in self.estimates(level=level)]
 
 
 def replicates(statistic: Statistic, resampling: Resampling, *, draws: int = DRAWS, seed: int = 0) -> Replicates:

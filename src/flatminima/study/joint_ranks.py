@@ -104,10 +104,7 @@ class JointRanks:
             strata=self.cells if alone and self.several_cells else None,
         )
         found = replicates(statistic, resampling, draws=draws, seed=seed)
-        return {
-            key: Replicates(found.value[[i]], found.resampled[:, [i]], found.jackknife[:, [i]], resampling)
-            for i, key in enumerate(self._queries)
-        }
+        return {key: found.column(i) for i, key in enumerate(self._queries)}
 
 
 def estimate(found: Mapping[str, Replicates], key: str, level: float = LEVEL) -> Estimate:

@@ -18,34 +18,34 @@ OUTCOMES = ("supported", "refuted", "undecided")
 KINDS: Mapping[str, tuple[frozenset[str], str]] = {
     "predicts": (
         frozenset({"measure", "given", "margin", "data_sets"}),
-        "Supported if the {level:.0%} interval of the partial rank correlation with {outcome}, within cells, lies above 0 on at least "
-        "{data_sets} data sets and all there are. Refuted if on one of them the interval lies below 0, or the {inner:.0%} "
-        "interval lies within ±{margin:g}.",
+        "Supported if the {level:.0%} interval of the partial rank correlation with {outcome}, within cells, lies above 0 on at "
+        "least {data_sets} data sets and all there are. Refuted if on one of them the interval lies below 0, or the "
+        "{inner:.0%} interval lies within ±{margin:g}.",
     ),
     "beats": (
         frozenset({"measure", "rivals", "margin", "data_sets"}),
-        "Supported if the {level:.0%} interval of the difference in size of the rank correlations lies above 0 against every rival on "
-        "at least {data_sets} data sets and all there are. Refuted if against one of them it lies below 0, or its "
+        "Supported if the {level:.0%} interval of the difference in size of the rank correlations lies above 0 against every "
+        "rival on at least {data_sets} data sets and all there are. Refuted if against one of them it lies below 0, or its "
         "{inner:.0%} interval lies within ±{margin:g}.",
     ),
     "indifferent": (
         frozenset({"measure", "rivals", "margin", "data_sets"}),
-        "Against the rival whose rank correlation with one half of the test set is largest in size, measured on the other half: supported if the "
-        "{inner:.0%} interval of the difference in size lies within ±{margin:g} on at least {data_sets} data sets and all there "
-        "are. Refuted if on one of them the {level:.0%} interval lies outside.",
+        "Against the rival whose rank correlation with one half of the test set is largest in size, measured on the other half: "
+        "supported if the {inner:.0%} interval of the difference in size lies within ±{margin:g} on at least {data_sets} data "
+        "sets and all there are. Refuted if on one of them the {level:.0%} interval lies outside.",
     ),
     "batch": (
         frozenset({"margins"}),
-        "Large minus small batch at the same learning rate and number of rows, paired by seed and averaged over learning rates. Supported if "
-        "for every number of rows two one-sided tests show that it is smaller than the margin. Refuted if for one of them "
-        "the {level:.0%} interval, widened for their number, lies outside the margin.",
+        "Large minus small batch at the same learning rate and number of rows, paired by seed and averaged over learning rates. "
+        "Supported if for every number of rows two one-sided tests show that it is smaller than the margin. Refuted if for one "
+        "of them the {level:.0%} interval, widened for their number, lies outside the margin.",
     ),
     "coordinates": (
         frozenset({"measure", "invariant", "margin", "keeps", "data_sets"}),
-        "Supported if after random function-preserving moves the {inner:.0%} interval of the rank correlation lies within ±{margin:g}, while "
-        "that of the invariant version is larger in size than {keeps:.0%} of the original's, both on at least {data_sets} data "
-        "sets and all there are. Refuted if on one of them either is shown to be otherwise, undecided if the original shows "
-        "no correlation.",
+        "Supported if after random function-preserving moves the {inner:.0%} interval of the rank correlation lies within "
+        "±{margin:g}, while that of the invariant version is larger in size than {keeps:.0%} of the original's, both on at "
+        "least {data_sets} data sets and all there are. Refuted if on one of them either is shown to be otherwise, undecided "
+        "if the original shows no correlation.",
     ),
 }
 
@@ -171,8 +171,8 @@ class Preregistration:
             raise PreregistrationError(f"the rules have schema {schema!r}, but this version reads schema {SCHEMA}")
         if digest != made.digest:
             raise PreregistrationError(
-                f"the rules of study {made.study!r} were changed after they were written: their hash is {made.digest[:12]}, the one "
-                f"recorded {str(digest)[:12]}. Restore them, or begin a new study"
+                f"the rules of study {made.study!r} were changed after they were written: their hash is {made.digest[:12]}, "
+                f"the one recorded {str(digest)[:12]}. Restore them, or begin a new study"
             )
         return made
 
@@ -195,8 +195,10 @@ def weakness_rules(study: str, *, data_sets: int = 2, batch: bool = False, writt
     equivalent to the best one, chosen on the other half of the test set.
 
     Example:
-        >>> [h.name for h in weakness_rules("seeds").hypotheses], [h.name for h in weakness_rules("grid", batch=True).hypotheses]
-        (['H1', 'H2', 'H3', 'H5'], ['H4'])
+        >>> [rule.name for rule in weakness_rules("seeds").hypotheses]
+        ['H1', 'H2', 'H3', 'H5']
+        >>> [rule.name for rule in weakness_rules("grid", batch=True).hypotheses]
+        ['H4']
     """
     if batch:
         statement = "At a matched learning rate large batches are neither better nor worse."

@@ -164,11 +164,13 @@ def _predicts(table: RunTable, hypothesis: Hypothesis, rules: Preregistration) -
 def _beats(table: RunTable, hypothesis: Hypothesis, rules: Preregistration) -> Verdict:
     verdict, s = Verdict(hypothesis), hypothesis.settings
     for sample in _samples(table, verdict, [rules.outcome, s["measure"], *s["rivals"]]):
+        for name in (s["measure"], *s["rivals"]):
+            sample.joint.ask(name, _rho(name, rules.outcome))
+        found = sample.joint.answer(draws=rules.draws, seed=rules.seed)
         for rival in s["rivals"]:
-            sample.joint.ask(rival, _difference(s["measure"], rival, rules.outcome))
-        for rival, found in sample.joint.answer(draws=rules.draws, seed=rules.seed).items():
+            difference = difference_of_sizes(found[s["measure"]], found[rival])
             what = f"{s['measure']} against {rival}"
-            verdict.parts.append(_part(sample, what, found, rules, s["margin"], True))
+            verdict.parts.append(_part(sample, what, difference, rules, s["margin"], True))
     return verdict
 
 
@@ -176,13 +178,15 @@ def _indifferent(table: RunTable, hypothesis: Hypothesis, rules: Preregistration
     verdict, s = Verdict(hypothesis), hypothesis.settings
     chosen_on, told_on = f"{rules.outcome}.a", f"{rules.outcome}.b"
     for sample in _samples(table, verdict, [chosen_on, told_on, s["measure"], *s["rivals"]]):
-        for rival in s["rivals"]:
-            sample.joint.ask(rival, _difference(s["measure"], rival, told_on))
-            sample.joint.ask(f"size/{rival}", _size(rival, chosen_on))
+        for name in (s["measure"], *s["rivals"]):
+            sample.joint.ask(name, _rho(name, told_on))
+            sample.joint.ask(f"chosen/{name}", _rho(name, chosen_on))
         found = sample.joint.answer(draws=rules.draws, seed=rules.seed)
-        best = max(s["rivals"], key=lambda rival: _known(float(found[f"size/{rival}"].value[0])))
+        sizes = {rival: abs(float(found[f"chosen/{rival}"].value[0])) for rival in s["rivals"]}
+        best = max(sizes, key=lambda rival: sizes[rival] if math.isfinite(sizes[rival]) else -1.0)
+        difference = difference_of_sizes(found[s["measure"]], found[best])
         what = f"{s['measure']} against {best}, the best of {len(s['rivals'])} on half a, on half b"
-        verdict.parts.append(_part(sample, what, found[best], rules, s["margin"], False))
+        verdict.parts.append(_part(sample, what, difference, rules, s["margin"], False))
     return verdict
 
 
@@ -190,16 +194,16 @@ def _coordinates(table: RunTable, hypothesis: Hypothesis, rules: Preregistration
     verdict, s = Verdict(hypothesis), hypothesis.settings
     measure, outcome, moved = s["measure"], rules.outcome, f"orbit.{s['measure']}"
     for sample in _samples(table, verdict, [outcome, measure, moved, s["invariant"]]):
-        sample.joint.ask("raw", lambda pooled, within: within.rho(measure, outcome))
-        sample.joint.ask("moved", lambda pooled, within: within.rho(moved, outcome))
-        sample.joint.ask("kept", _difference(s["invariant"], measure, outcome, s["keeps"]))
+        for name in (measure, moved, s["invariant"]):
+            sample.joint.ask(name, _rho(name, outcome))
         found = sample.joint.answer(draws=rules.draws, seed=rules.seed)
-        (raw,) = found["raw"].estimates(level=rules.level)
+        (raw,) = found[measure].estimates(level=rules.level)
+        kept = difference_of_sizes(found[s["invariant"]], found[measure], s["keeps"])
         shown = raw.low > 0 or raw.high < 0
         parts = [
-            _part(sample, f"{measure} after random moves", found["moved"], rules, s["margin"], False),
+            _part(sample, f"{measure} after random moves", found[moved], rules, s["margin"], False),
             # No margin of its own: that it keeps less is what refutes it.
-            _part(sample, f"{s['invariant']} beyond {s['keeps']:.0%} of {measure}", found["kept"], rules, 1e-9, True),
+            _part(sample, f"{s['invariant']} beyond {s['keeps']:.0%} of {measure}", kept, rules, 1e-9, True),
         ]
         if not shown:
             verdict.reasons.append(f"On {sample.data} {measure} itself shows no correlation to explain.")
@@ -213,16 +217,8 @@ def _batch(table: RunTable, hypothesis: Hypothesis, rules: Preregistration) -> V
     return Verdict(hypothesis, parts, reasons)
 
 
-def _difference(first: str, second: str, outcome: str, share: float = 1.0) -> Callable[..., Any]:
-    return lambda pooled, within: difference_of_sizes(within.rho(first, outcome), within.rho(second, outcome), share)
-
-
-def _size(measure: str, outcome: str) -> Callable[..., Any]:
-    return lambda pooled, within: abs(within.rho(measure, outcome))
-
-
-def _known(value: float) -> float:
-    return value if math.isfinite(value) else -1.0
+def _rho(measure: str, outcome: str) -> Callable[..., Any]:
+    return lambda pooled, within: within.rho(measure, outcome)
 
 
 _KINDS: Mapping[str, Callable[[RunTable, Hypothesis, Preregistration], Verdict]] = {
