@@ -2,23 +2,27 @@
 
 A network of a few thousand weights spends much of its training time between operations. An ensemble makes each operation
 once for all: the parameters of the members are stacked (``torch.func.stack_module_state``), gradients are taken under ``vmap``,
-every member has its own rows, order, step size and stop criterion, and leaves when it is done. Whether the stack rounds as
-single networks do is tried out for every size of batch that occurs; where it does not, that step is made member by member.
+or written out for multilayer perceptrons. Every member has its own rows, order, step size and stop criterion, and leaves when
+it is done. Whether the stack rounds as single networks do is tried out for every size of batch that occurs; where it does not,
+that step is made member by member.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from flatminima.study.course import Course, Trained, Training
+from flatminima.study.dense_step import dense_gradients, dense_layers, dense_outputs
 from flatminima.study.together import (
     Stack,
     gradients_alone,
     member,
+    outputs_alone,
     same_bits,
     same_outputs,
     stacked_gradients,
@@ -26,10 +30,11 @@ from flatminima.study.together import (
 )
 
 Progress = Callable[[float], None]
+_T = TypeVar("_T")
 
-#: Numbers in the inputs of one batched step. More members than fit are trained in turns: what does not stay in the cache of a
-#: core costs more than the calls it saves.
-STEP_NUMBERS = 2_000_000
+#: Numbers in the inputs of one batched step: of a perceptron, whose step costs little beyond its products and must stay in the
+#: cache of a core, and of any other network. More members than fit are trained in turns.
+DENSE_NUMBERS, OTHER_NUMBERS = 400_000, 4_000_000
 _FEW_ROWS = 16  # products of so few rows take other paths through the BLAS from case to case: member by member
 
 
@@ -72,7 +77,7 @@ def train_alone(training: Training, progress: Progress = lambda fraction: None) 
             optimiser.step()
             if course.stepped(number == len(batches)):
                 kept = {name: p.detach().clone() for name, p in weights.items()}
-                course.look(_outputs(model, kept, x), kept)
+                course.look(outputs_alone(model, kept, x), kept)
                 if course.over:
                     break
         progress(course.fraction)
@@ -122,28 +127,30 @@ def turns(trainings: Sequence[Training]) -> Iterator[Sequence[Training]]:
     """The members that are trained at once; one by one where a step of one network is already large."""
     first = trainings[0]
     step = min(first.optimiser.batch_size, len(first.y)) * first.x[0].numel()
-    size = max(1, STEP_NUMBERS // step)
+    size = max(1, (OTHER_NUMBERS if dense_layers(first.model) is None else DENSE_NUMBERS) // step)
     size = -(-len(trainings) // -(-len(trainings) // size))  # turns of equal length
     for start in range(0, len(trainings), size):
         yield trainings[start : start + size]
 
 
 class _Ensemble:
+    """Members of one turn. ``active`` are those still in training; stacks and lists of a step are in their order."""
+
     def __init__(self, trainings: Sequence[Training]) -> None:
         self.courses = [Course(training) for training in trainings]
         self.results: list[Trained | None] = [None] * len(trainings)
         self.active = list(range(len(trainings)))
         self.model = trainings[0].model
-        self._plain = self.buffers = False
+        self.layers = dense_layers(self.model)
         parameters, buffers = stack_module_state([training.model for training in trainings])
-        self._stackable = not buffers
+        self.stackable = not buffers  # buffers, such as running statistics, are written to by every pass
         self.stack: Stack = {name: p.detach().clone() for name, p in parameters.items()}
         self.velocity: Stack | None = None
-        self._trusted: dict[int, bool] = {}
+        self._trusted: dict[tuple[str, int], bool] = {}
         self._read_options()
 
     def train(self, progress: Progress) -> list[Trained]:
-        if not self._stackable:
+        if not self.stackable:
             return [train_alone(course.training) for course in self.courses]
         while self.active:
             self._epoch()
@@ -152,77 +159,105 @@ class _Ensemble:
 
     def _read_options(self) -> None:
         options = [self.courses[i].training.optimiser for i in self.active]
-        self._momentum = torch.tensor([o.momentum for o in options])
-        self._decay = torch.tensor([o.weight_decay for o in options])
+        momentum, decay = (torch.tensor([getattr(o, name) for o in options]) for name in ("momentum", "weight_decay"))
+        self._momentum = momentum if momentum.any() else None
+        self._decay = decay if decay.any() else None
 
     def _epoch(self) -> None:
         orders = [self.courses[i].order() for i in self.active]
         rates = torch.tensor([-self.courses[i].lr for i in self.active])
         batches = len(orders[0])
         for number in range(batches):
-            chosen = [order[number] for order in orders]
-            x = torch.stack([self._training(i).x[rows] for i, rows in zip(self.active, chosen, strict=True)])
-            y = torch.stack([self._training(i).y[rows] for i, rows in zip(self.active, chosen, strict=True)])
+            x, y = self._rows([order[number] for order in orders])
             self._update(self._gradients(x, y), rates)
             looking = [at for at, i in enumerate(self.active) if self.courses[i].stepped(number == batches - 1)]
             if looking:
                 self._look(looking)
                 staying = [at for at, i in enumerate(self.active) if not self.courses[i].over]
+                if not staying:
+                    self.active = []
+                    return
                 if len(staying) < len(self.active):
                     orders, rates = [orders[at] for at in staying], rates[staying]
                     self._keep(staying)
-                if not self.active:
-                    return
 
-    def _training(self, i: int) -> Training:
-        return self.courses[i].training
+    def _rows(self, chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Inputs and classes of one step, ``(members, rows, ...)``."""
+        trainings = [self.courses[i].training for i in self.active]
+        x = torch.empty(len(chosen), len(chosen[0]), *trainings[0].x.shape[1:])
+        for at, (training, rows) in enumerate(zip(trainings, chosen, strict=True)):
+            torch.index_select(training.x, 0, rows, out=x[at])
+        return x, torch.stack([training.y[rows] for training, rows in zip(trainings, chosen, strict=True)])
 
     def _gradients(self, x: Tensor, y: Tensor) -> Stack:
-        rows = x.shape[1]
-        if rows not in self._trusted:
-            some = sorted({0, len(self.active) // 2, len(self.active) - 1})
-            self._trusted[rows] = rows >= _FEW_ROWS and same_bits(self.model, self.stack, x, y, some)
-        if self._trusted[rows]:
-            return stacked_gradients(self.model, self.stack, x, y)
+        key = ("step", x.shape[1])
+        found = self._together(key, lambda: self._stacked_gradients(x, y))
+        if found is not None and key not in self._trusted:
+            some = sorted({0, len(x) // 2, len(x) - 1})
+            self._trusted[key] = same_bits(self.model, self.stack, x, y, found, some)
+        if found is not None and self._trusted[key]:
+            return found
         single = [gradients_alone(self.model, member(self.stack, at), x[at], y[at]) for at in range(len(x))]
         return {name: torch.stack([gradients[name] for gradients in single]) for name in self.stack}
 
+    def _stacked_gradients(self, x: Tensor, y: Tensor) -> Stack:
+        if self.layers is not None:
+            return dense_gradients(self.layers, self.stack, x, y)
+        return stacked_gradients(self.model, self.stack, x, y)
+
+    def _together(self, key: tuple[str, int], compute: Callable[[], _T]) -> _T | None:
+        """What is computed for all at once; ``None`` where that is known not to give the bits of single networks."""
+        if key[1] < _FEW_ROWS or not self._trusted.get(key, True):
+            return None
+        try:
+            return compute()
+        except (RuntimeError, NotImplementedError, ValueError):
+            # Dropout, batch statistics, control flow that depends on the data: nothing that can be batched.
+            if key in self._trusted:
+                raise
+            self._trusted[key] = False
+            return None
+
     def _update(self, gradients: Stack, rates: Tensor) -> None:
         """The step of ``torch.optim.SGD``, in its order of operations."""
-        if bool(self._momentum.any()) and self.velocity is None:
+        if self._momentum is not None and self.velocity is None:
             self.velocity = {name: torch.zeros_like(p) for name, p in self.stack.items()}
         for name, p in self.stack.items():
             g, shape = gradients[name], (-1,) + (1,) * (p.dim() - 1)
-            if bool(self._decay.any()):
+            if self._decay is not None:
                 g = torch.addcmul(g, p, self._decay.view(shape))
-            if self.velocity is not None:
+            if self.velocity is not None and self._momentum is not None:
                 g = self.velocity[name].mul_(self._momentum.view(shape)).add_(g)
             p.addcmul_(g, rates.view(shape))
 
     def _look(self, looking: Sequence[int]) -> None:
-        outputs = self._outputs(looking)
-        for at, logits in zip(looking, outputs, strict=True):
+        for at, logits in zip(looking, self._outputs(looking), strict=True):
             course = self.courses[self.active[at]]
             course.look(logits, {name: p.clone() for name, p in member(self.stack, at).items()})
             if course.over:
                 self.results[self.active[at]] = course.result()
 
     def _outputs(self, looking: Sequence[int]) -> Iterator[Tensor]:
-        """Of all training rows, one member after the other in memory: as many at once as in a step."""
-        rows = len(self._training(0).y)
-        key = -rows  # evaluation, to be told from a step
-        size = max(1, STEP_NUMBERS // self._training(0).x.numel())
+        """Of all training rows; no more members at once than in a step."""
+        rows = [self.courses[self.active[at]].training.x for at in looking]
+        size = max(1, DENSE_NUMBERS // rows[0].numel())
         for start in range(0, len(looking), size):
-            some = looking[start : start + size]
-            x = torch.stack([self._training(self.active[at]).x for at in some])
-            part = {name: p[some] for name, p in self.stack.items()}
-            if key not in self._trusted:
-                self._trusted[key] = rows >= _FEW_ROWS and same_outputs(self.model, part, x)
-            if self._trusted[key]:
-                with torch.no_grad():
-                    yield from stacked_outputs(self.model, part, x)
+            x = torch.stack(rows[start : start + size])
+            part = {name: p[looking[start : start + size]] for name, p in self.stack.items()}
+            key = ("look", x.shape[1])
+            found = self._together(key, lambda part=part, x=x: self._stacked_outputs(part, x))  # type: ignore[misc]
+            if found is not None and key not in self._trusted:
+                self._trusted[key] = same_outputs(self.model, part, x, found, (0, len(x) - 1))
+            if found is not None and self._trusted[key]:
+                yield from found
             else:
-                yield from (_outputs(self.model, member(part, at), x[at]) for at in range(len(some)))
+                yield from (outputs_alone(self.model, member(part, at), x[at]) for at in range(len(x)))
+
+    def _stacked_outputs(self, part: Stack, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.layers is not None:
+                return dense_outputs(self.layers, part, x)
+            return stacked_outputs(self.model, part, x)
 
     def _keep(self, staying: Sequence[int]) -> None:
         self.active = [self.active[at] for at in staying]
@@ -230,12 +265,6 @@ class _Ensemble:
         if self.velocity is not None:
             self.velocity = {name: v[staying] for name, v in self.velocity.items()}
         self._read_options()
-
-
-def _outputs(model: nn.Module, weights: Stack, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = functional_call(model, weights, (x,))
-    return found
 
 
 def _check(trainings: Sequence[Training]) -> None:

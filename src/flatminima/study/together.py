@@ -102,15 +102,8 @@ def member(stack: Stack, index: int) -> Stack:
     return {name: p[index] for name, p in stack.items()}
 
 
-def same_bits(model: nn.Module, stack: Stack, x: Tensor, y: Tensor, members: Sequence[int]) -> bool:
-    """Whether the batched gradients of these members are those of each by itself, to the last bit.
-
-    A model that cannot be batched (dropout, batch statistics, control flow that depends on the data) has none: ``False``.
-    """
-    try:
-        together = stacked_gradients(model, stack, x, y)
-    except (RuntimeError, NotImplementedError, ValueError):
-        return False
+def same_bits(model: nn.Module, stack: Stack, x: Tensor, y: Tensor, together: Stack, members: Sequence[int]) -> bool:
+    """Whether gradients taken ``together`` are, of these members, those of each by itself, to the last bit."""
     return all(
         torch.equal(alone, together[name][index])
         for index in members
@@ -118,12 +111,13 @@ def same_bits(model: nn.Module, stack: Stack, x: Tensor, y: Tensor, members: Seq
     )
 
 
-def same_outputs(model: nn.Module, stack: Stack, x: Tensor) -> bool:
-    """Whether the batched outputs of the first and the last member are those of each by itself, to the last bit."""
+def same_outputs(model: nn.Module, stack: Stack, x: Tensor, together: Tensor, members: Sequence[int]) -> bool:
+    """Whether outputs taken ``together`` are, of these members, those of each by itself, to the last bit."""
+    return all(torch.equal(outputs_alone(model, member(stack, at), x[at]), together[at]) for at in members)
+
+
+def outputs_alone(model: nn.Module, parameters: Stack, x: Tensor) -> Tensor:
+    """Outputs of one network."""
     with torch.no_grad():
-        try:
-            together = stacked_outputs(model, stack, x)
-        except (RuntimeError, NotImplementedError, ValueError):
-            return False
-        ends = (0, len(x) - 1)
-        return all(torch.equal(functional_call(model, member(stack, at), (x[at],)), together[at]) for at in ends)
+        found: Tensor = functional_call(model, parameters, (x,))
+    return found
