@@ -89,7 +89,7 @@ def test_every_member_has_the_bits_of_a_training_of_its_own(monkeypatch, options
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_bits_do_not_depend_on_who_else_is_in_the_ensemble(data):
-    some = trainings(6)
+    some = trainings(6, stop=StopSpec("accuracy", 0.6, check_every=3, max_epochs=12))
     truth = [train_alone(training) for training in some]
     chosen = data.draw(st.permutations(range(6)))[: data.draw(st.integers(1, 6))]
     found = train_together([some[i] for i in chosen])
