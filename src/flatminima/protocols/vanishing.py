@@ -1,0 +1,334 @@
+"""The advantage of large batches and whether it vanishes with more data, reproduced, with the cells that the source lacks.
+
+After M. T. Bennett, "Are Flat Minima an Illusion?" (arXiv:2605.05209). There the two regimes differ in batch size and, 10 to 50
+times, in learning rate. Here each batch size is also trained at the other's learning rate, so that the difference can be split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+import flatminima
+from flatminima.protocols.claims import PAPER, Claim, finite
+from flatminima.protocols.study_files import Found, Part, run_parts, shipped
+from flatminima.protocols.weakness import OUTCOME, labels, network_rows
+from flatminima.study.correlation import spearman
+from flatminima.study.preregister import weakness_rules
+from flatminima.study.run_table import RunTable
+from flatminima.study.subsets import load_subset
+from flatminima.study.verdicts import decide
+
+#: Of the abstract: accuracy with large minus accuracy with small batches, in percentage points, by training rows.
+PUBLISHED: Mapping[int, float] = {2000: 1.6, 60_000: 0.02}
+GRID = "batch-rate-rows"
+ROWS = (500, 2000, 6000, 12_000, 24_000, 60_000)
+_QUICK = {"rows": "[500, 2000]", "count": 5}  # of the preset
+_SOURCE = {"small": "small", "large": "large"}  # the learning rate that the source gives each batch size
+_MARGIN = {"few": 0.3, "many": 0.1}  # percentage points that do not matter, below 6,000 rows and from there
+
+
+def vanishing_parts(*, full: bool = False) -> list[Part]:
+    """The studies of the reproduction: a preset of 40 networks, or both in full.
+
+    The full study of the source's protocol goes up to 60,000 rows, which takes days; stop it where you like.
+    """
+    if not full:
+        return [Part(shipped("vanishing", **_QUICK))]  # type: ignore[arg-type]
+    rules = weakness_rules(GRID, batch=True, written=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    return [Part(shipped(GRID), rules), Part(shipped("vanishing"))]
+
+
+def reproduce_vanishing(
+    folder: Path,
+    *,
+    full: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
+    run: bool = True,
+    command: str = "flatminima reproduce vanishing",
+    progress: Callable[[str, float], None] = lambda part, fraction: None,
+) -> dict[str, Any]:
+    """Train with small and large batches at both learning rates for growing training sets, and compare with the abstract.
+
+    Args:
+        folder: of the databases; what is there is not made again.
+        full: 25 seeds of every cell from 500 to 60,000 rows, and batch x learning rate x rows under one protocol.
+        workers, ray: where to run; see :func:`~flatminima.study.run_study.run_study`.
+        run: if not, only what is there is read.
+        command: to be recorded.
+        progress: called with the study at work and the fraction of all networks that are done.
+
+    Returns:
+        The JSON-ready results (documented in ``docs/reproductions/vanishing.md``).
+
+    Raises:
+        DataError: MNIST is not there; StudyError: as of ``run_study``.
+
+    The preset takes about 8 CPU minutes.
+    """
+    parts = vanishing_parts(full=full)
+    load_subset(parts[0].grid.cells[0].data)  # refused before anything is made
+    found = run_parts(parts, folder, workers=workers, ray=ray, run=run, progress=progress)
+    source = found["vanishing"]
+    differences = matched(source.table)
+    claims = _claims(differences)
+    rules, verdicts = None, []
+    if GRID in found and not found[GRID].counts["not run"]:
+        rules = found[GRID].rules
+        verdicts = [] if rules is None else decide(found[GRID].table, rules)
+    studies = [_study(study) for study in found.values()]
+    results = {
+        "schema": 1,
+        "experiment": "vanishing",
+        "flatminima": flatminima.__version__,
+        "command": command,
+        "settings": {"full": full, "rows": sorted({run.data.rows for run in source.grid.runs()})},
+        "groups": [
+            {"name": "abstract", "title": "What the abstract says", "claims": [claim.to_dict() for claim in claims]}
+        ],
+        "cells": [cell for study in found.values() for cell in cells(study)],
+        "differences": differences,
+        "correlations": trace_correlations(source.table),
+        "agreement": agreement(source),
+        "rules": None if rules is None else rules.to_dict(),
+        "verdicts": verdicts,
+        "studies": studies,
+        "labels": labels(studies),
+    }
+    plain: dict[str, Any] = finite(results | _summary(claims, differences, studies, verdicts))
+    return plain
+
+
+def matched(table: RunTable) -> list[dict[str, Any]]:
+    """Large minus small batches in percentage points, by rows: the source's comparison, and at each learning rate.
+
+    Intervals are Welch's, of two independent samples of seeds. The outcome is that of two one-sided tests at 5 % against a margin
+    of 0.3 points below 6,000 rows and of 0.1 from there: equivalent, different, or undecided.
+    """
+    finished, found = table.finished, []
+    for rows in sorted({record.spec["data"]["rows"] for record in table.records}):
+        part = finished.where(lambda record, rows=rows: record.spec["data"]["rows"] == rows)  # type: ignore[misc]
+        for kind, small_rate, large_rate in (
+            ("as the source", _SOURCE["small"], _SOURCE["large"]),
+            ("small batches' rate", "small", "small"),
+            ("large batches' rate", "large", "large"),
+        ):
+            small, large = _accuracies(part, "small", small_rate), _accuracies(part, "large", large_rate)
+            entry: dict[str, Any] = {"rows": rows, "kind": kind, "n_small": len(small), "n_large": len(large)}
+            found.append(entry | _welch(100 * large, 100 * small, _MARGIN["few" if rows < 6000 else "many"]))
+    return found
+
+
+def cells(found: Found) -> list[dict[str, Any]]:
+    """Every cell: how many networks finished, missed their criterion, or were not run, and the means of those that finished."""
+    entries = []
+    made = {record.id: record for record in found.table.records}
+    by_cell: dict[Any, list[str]] = {}
+    specs = {}
+    for run in found.grid.runs():
+        by_cell.setdefault(run.cell, []).append(run.id)
+        specs[run.cell] = run
+    for cell, ids in by_cell.items():
+        records = [made[i] for i in ids if i in made]
+        done = [record for record in records if record.status == "finished"]
+        entry: dict[str, Any] = {
+            "study": found.grid.name, "factors": dict(cell), "rows": specs[cell].data.rows,
+            "batch_size": specs[cell].optimiser.batch_size, "lr": specs[cell].optimiser.lr, "networks": len(ids),
+            "finished": len(done), "missed": sum(r.status == "missed" for r in records),
+            "failed": sum(r.status == "failed" for r in records), "not run": len(ids) - len(records),
+        }  # fmt: skip
+        for name in (OUTCOME, "train.epochs", "train.loss", "measure.trace", "measure.parameter_norm", *_PATTERNS):
+            values = [record.values[name] for record in done if name in record.values]
+            entry[name] = _mean(np.array(values)) if values else None
+        entries.append(entry)
+    return entries
+
+
+_PATTERNS = ("measure.unseen_patterns_1", "measure.unseen_patterns_2")
+
+
+def trace_correlations(table: RunTable) -> list[dict[str, Any]]:
+    """Trace and patterns against accuracy for the source's two regimes: pooled, and within regimes; and how reliable a trace is.
+
+    The trace of the source is a new random estimate on a new random subset at every call; ``reliability`` is the rank correlation
+    of two calls on the same networks.
+    """
+    finished, found = table.finished, []
+    for rows in sorted({record.spec["data"]["rows"] for record in table.records}):
+        part = finished.where(
+            lambda record, rows=rows: record.spec["data"]["rows"] == rows and _own_rate(record.spec["cell"])  # type: ignore[misc]
+        )
+        if min(sum(cell["batch"] == batch for cell in part.spec("cell")) for batch in _SOURCE) < 3:
+            continue
+        y, regimes = part.column(OUTCOME), [cell["batch"] for cell in part.spec("cell")]
+        for name in ("measure.source_trace", "measure.trace", "measure.orbit_minimal_trace", *_PATTERNS):
+            x = part.column(name)
+            if not np.isfinite(x).all() or np.ptp(x) == 0:
+                continue
+            entry: dict[str, Any] = {
+                "rows": rows, "name": name.removeprefix("measure."), "networks": len(part),
+                "pooled": spearman(x, y, strata=regimes).to_dict(), "within": spearman(x, y, cells=regimes).to_dict(),
+                "reliability": None,
+            }  # fmt: skip
+            if name == "measure.source_trace":
+                first, second = (part.column(f"repeat.source_trace.{i}") for i in (1, 2))
+                entry["reliability"] = spearman(first, second, cells=regimes).to_dict()
+            found.append(entry)
+    return found
+
+
+def agreement(found: Found) -> list[dict[str, Any]]:
+    """On test pictures that a network gets wrong, the mean share of the other networks that are right; by rows and regime.
+
+    This is the source's measure of how errors are shared, on test pictures instead of all unseen ones. It conditions on a network's
+    own errors and is a re-expression of their number.
+    """
+    entries = []
+    for rows in sorted({record.spec["data"]["rows"] for record in found.table.records}):
+        part = found.table.finished.where(
+            lambda record, rows=rows: record.spec["data"]["rows"] == rows and _own_rate(record.spec["cell"])  # type: ignore[misc]
+        )
+        if len(part) < 3:
+            continue
+        labels_ = load_subset(next(r for r in found.grid.runs() if r.data.rows == rows).data).test_labels.numpy()
+        shares = others_right(found.predictions(part) == labels_)
+        for batch in _SOURCE:
+            own = np.array([cell["batch"] == batch for cell in part.spec("cell")])
+            if own.any():
+                entries.append({"rows": rows, "batch": batch, **_mean(shares[own])})
+    return entries
+
+
+def others_right(right: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """For each network the mean, over what it gets wrong, of the share of the others that are right, ``(networks,)``.
+
+    Example:
+        >>> others_right(np.array([[True, False, False], [True, True, False], [True, True, True]])).round(3).tolist()
+        [0.75, 0.5, nan]
+    """
+    votes = right.sum(0)
+    shares = votes / (len(right) - 1)  # of the others, where a network is wrong itself
+    return np.array([shares[~own].mean() if not own.all() else math.nan for own in right])
+
+
+def _own_rate(cell: Mapping[str, Any]) -> bool:
+    return bool(_SOURCE[cell["batch"]] == cell["rate"])
+
+
+def _accuracies(table: RunTable, batch: str, rate: str) -> NDArray[np.float64]:
+    chosen = table.where(lambda r: r.spec["cell"]["batch"] == batch and r.spec["cell"]["rate"] == rate)
+    return chosen.column(OUTCOME) if len(chosen) else np.empty(0)
+
+
+def _mean(values: NDArray[np.float64]) -> dict[str, Any]:
+    values = values[np.isfinite(values)]
+    n = len(values)
+    if not n:
+        return {"mean": None, "half": None, "n": 0}
+    half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    return {"mean": float(values.mean()), "half": half, "n": n}
+
+
+def _welch(a: NDArray[np.float64], b: NDArray[np.float64], margin: float) -> dict[str, Any]:
+    empty = {"difference": None, "low": None, "high": None, "p": None, "margin": margin, "outcome": "not run"}
+    if min(len(a), len(b)) < 2:
+        return empty
+    difference = float(a.mean() - b.mean())
+    if a.std() == 0 and b.std() == 0:
+        return empty | {"difference": difference, "outcome": "undecided"}
+    found = stats.ttest_ind(a, b, equal_var=False)
+    outer, inner = found.confidence_interval(0.95), found.confidence_interval(0.90)
+    equivalent = -margin < inner.low and inner.high < margin
+    outcome = "equivalent" if equivalent else "different" if outer.low > 0 or outer.high < 0 else "undecided"
+    return {
+        "difference": difference, "low": float(outer.low), "high": float(outer.high), "p": float(found.pvalue),
+        "margin": margin, "outcome": outcome,
+    }  # fmt: skip
+
+
+def _claims(differences: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    claims = []
+    for entry in differences:
+        if entry["kind"] != "as the source" or entry["rows"] not in PUBLISHED or entry["low"] is None:
+            continue
+        value, n = PUBLISHED[entry["rows"]], entry["rows"]
+        claim = Claim(
+            f"accuracy with large minus accuracy with small batches, {n:,} rows",
+            {"networks": entry["n_small"] + entry["n_large"], "learning rates": "the source's"}, PAPER,
+        )  # fmt: skip
+        claim.expected["percentage points"], claim.measured["percentage points"] = value, entry["difference"]
+        claim.expected["95 % interval"] = f"holds {value:+g}"
+        claim.measured["95 % interval"] = inside = f"{entry['low']:+.3f} to {entry['high']:+.3f}"
+        if not entry["low"] <= value <= entry["high"]:
+            claim.failures.append(f"the interval is {inside}, without the published {value:+g}")
+        claims.append(claim)
+    return claims
+
+
+def _study(found: Found) -> dict[str, Any]:
+    return {
+        "name": found.grid.name, "description": found.grid.description, "grid": found.grid.text,
+        "digest": found.grid.digest, "versions": list(found.versions), "counts": found.counts,
+        "cpu_seconds": math.fsum(record.seconds for record in found.table.records),
+        "networks": network_rows(found.table),
+    }  # fmt: skip
+
+
+def _summary(
+    claims: Sequence[Claim],
+    differences: Sequence[Mapping[str, Any]],
+    studies: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    good = sum(not claim.failures for claim in claims)
+    if not claims:
+        answer = "Nothing of the abstract has been run."
+    elif good == len(PUBLISHED):
+        answer = "Reproduced: both differences of the abstract lie within the 95 % intervals found here."
+    else:
+        answer = (
+            f"{good} of the abstract's {len(PUBLISHED)} differences reproduced, {len(claims) - good} not, "
+            f"{len(PUBLISHED) - len(claims)} not run."
+        )
+    details = [_words(entry) for entry in differences if entry["low"] is not None]
+    details += [f"{v['name']}: {v['statement']} {v['outcome'].capitalize()}. {v['reason']}" for v in verdicts]
+    return {"answer": answer, "details": details, "cautions": _cautions(differences, studies)}
+
+
+def _words(entry: Mapping[str, Any]) -> str:
+    at = "at the source's learning rates" if entry["kind"] == "as the source" else f"both at the {entry['kind']}"
+    return (
+        f"{entry['rows']:,} rows, {at}: large minus small batches {entry['difference']:+.2f} points "
+        f"[{entry['low']:+.2f}, {entry['high']:+.2f}], {entry['outcome']} (margin {entry['margin']:g})."
+    ).replace("-", "−")
+
+
+def _cautions(differences: Sequence[Mapping[str, Any]], studies: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = [
+        "The source's two regimes differ in learning rate as well as in batch size; only a comparison at one learning rate is "
+        "about batches.",
+        "As in the source, learning rate, schedule and stop rule change with the number of rows, so a trend over rows is not one of "
+        "rows alone; batch-rate-rows keeps one protocol for all.",
+        "A correlation pooled over two regimes has an effective n of about 2 (Simpson); read the one within regimes.",
+    ]
+    missing = sorted({e["rows"] for e in differences if e["kind"] == "as the source" and e["low"] is None})
+    if missing:
+        found.append(f"Not run, or not enough of it: {', '.join(f'{rows:,}' for rows in missing)} rows.")
+    for study in studies:
+        counts = study["counts"]
+        if counts["not run"]:
+            found.append(f"{study['name']}: {counts['not run']} of {counts['networks']} networks were not run.")
+        if counts["missed"] or counts["failed"]:
+            found.append(
+                f"{study['name']}: {counts['missed']} networks missed their stop criterion and {counts['failed']} failed; they are in "
+                "no comparison."
+            )
+    return found

@@ -1,0 +1,306 @@
+"""Weakness, reproduced: does the pair proxy predict test accuracy, and does it predict more than cheap measures do?
+
+After M. T. Bennett, "Are Flat Minima an Illusion?" (arXiv:2605.05209). The source's protocol gives the correlations of its
+abstract; the head-to-head studies ask what it does not: the same stop loss for all, several training subsets, invariant
+sharpness, margins and norms as rivals, and rules of decision that are written down before training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import flatminima
+from flatminima.data import DataError
+from flatminima.measures import MEASURES
+from flatminima.names import unknown
+from flatminima.protocols.claims import PAPER, Claim, finite
+from flatminima.protocols.study_files import Found, Part, run_parts, shipped
+from flatminima.study.bootstrap import Estimate
+from flatminima.study.correlation import spearman
+from flatminima.study.preregister import CLASSICAL_RIVALS, INVARIANT_SHARPNESS, Preregistration, weakness_rules
+from flatminima.study.run_table import RunTable
+from flatminima.study.study_measures import STUDY_MEASURES
+from flatminima.study.subsets import load_subset
+from flatminima.study.verdicts import decide
+
+DATA = ("auto", "mnist", "digits")
+OUTCOME = "test.accuracy"
+HEAD_TO_HEAD = "head-to-head"
+
+#: Of the abstract: Spearman's rho with test accuracy over 100 networks, and its p-value.
+PUBLISHED: Mapping[str, Mapping[str, tuple[float | None, float | None]]] = {
+    "mnist": {"pair_proxy": (0.374, 0.00012), "source_trace": (-0.226, None), "parameter_norm": (None, 0.848)},
+    "fashion-mnist": {"pair_proxy": (0.384, 8.15e-5)},
+}
+_NAMES = {"pair_proxy": "the pair proxy", "source_trace": "the Hessian trace", "parameter_norm": "the weight norm"}
+_ALPHA = 0.05
+_LEAST = 10  # networks of a correlation
+
+
+def weakness_parts(data: str = "mnist", *, full: bool = False) -> list[Part]:
+    """The studies of the reproduction, in the order in which they are run.
+
+    Args:
+        data: ``mnist`` (with Fashion-MNIST), or ``digits``: a small study that needs no files and proves nothing.
+        full: with model selection and the head-to-head studies.
+    """
+    if data == "digits":
+        return [Part(shipped("pair-proxy-digits"))]
+    parts = [Part(shipped("pair-proxy-mnist")), Part(shipped("pair-proxy-fashion-mnist"))]
+    if full:
+        rules = weakness_rules(HEAD_TO_HEAD, written=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        names = [f"{HEAD_TO_HEAD}-{name}" for name in ("mnist", "fashion-mnist", "digits")]
+        parts += [Part(shipped("model-selection")), *(Part(shipped(name), rules) for name in names)]
+    return parts
+
+
+def reproduce_weakness(
+    folder: Path,
+    *,
+    data: str = "auto",
+    full: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
+    run: bool = True,
+    command: str = "flatminima reproduce weakness",
+    progress: Callable[[str, float], None] = lambda part, fraction: None,
+) -> dict[str, Any]:
+    """Train and measure the networks of the source's experiments, and compare with its abstract.
+
+    Args:
+        folder: of the databases; what is there is not made again.
+        data: ``mnist``, ``digits`` (embedded; a smoke run), or ``auto``: MNIST where its files are, digits otherwise.
+        full: also model selection (300 networks) and the head-to-head studies (426 networks on each of three data sets).
+        workers, ray: where to run; see :func:`~flatminima.study.run_study.run_study`.
+        run: if not, only what is there is read.
+        command: to be recorded.
+        progress: called with the study at work and the fraction of all networks that are done.
+
+    Returns:
+        The JSON-ready results (documented in ``docs/reproductions/weakness.md``).
+
+    Raises:
+        ValueError: an unknown data set; DataError: it is not there; StudyError: as of ``run_study``.
+
+    200 networks take about 7 CPU minutes, the full reproduction about 2 hours.
+    """
+    if data not in DATA:
+        raise ValueError(unknown("data set", data, DATA))
+    name = _there(data)
+    found = run_parts(weakness_parts(name, full=full), folder, workers=workers, ray=ray, run=run, progress=progress)
+    proxies = [study for key, study in found.items() if key.startswith("pair-proxy")]
+    claims = [claim for study in proxies for claim in _claims(study.table)]
+    ahead = [study for key, study in found.items() if key.startswith(HEAD_TO_HEAD)]
+    verdicts, rules = _verdicts(ahead)
+    studies = [_study(study) for study in found.values()]
+    results = {
+        "schema": 1,
+        "experiment": "weakness",
+        "flatminima": flatminima.__version__,
+        "command": command,
+        "settings": {"data": name, "full": full},
+        "groups": [
+            {"name": "abstract", "title": "What the abstract says", "claims": [claim.to_dict() for claim in claims]}
+        ],
+        "rules": None if rules is None else rules.to_dict(),
+        "verdicts": verdicts,
+        "studies": studies,
+        "labels": labels(studies),
+    }  # fmt: skip
+    plain: dict[str, Any] = finite(results | _summary(claims, studies, verdicts))
+    return plain
+
+
+def correlations(table: RunTable, outcome: str = OUTCOME) -> list[dict[str, Any]]:
+    """Spearman's correlation of every measure with an outcome over the finished networks, and again on random orbits.
+
+    Returns:
+        For each measure ``{"name", "raw", "orbit"}``, estimates with 95 % BCa intervals, pooled over cells; ``None`` where
+        a measure has fewer than ten numbers or only one.
+    """
+    finished = table.finished
+    if not len(finished):
+        return []
+    y = finished.column(outcome)
+    subsets = finished.subsets
+    found = []
+    for name in finished.labels("measure."):
+        entry: dict[str, Any] = {"name": name}
+        for kind, prefix in (("raw", "measure."), ("orbit", "orbit.")):
+            entry[kind] = None
+            if prefix + name in finished.names:
+                x = finished.column(prefix + name)
+                there = np.isfinite(x) & np.isfinite(y)
+                if there.sum() >= _LEAST and np.ptp(x[there]) > 0:
+                    cells = [subset for subset, ok in zip(subsets, there, strict=True) if ok]
+                    within = cells if len(set(cells)) > 1 else None
+                    entry[kind] = spearman(x[there], y[there], cells=within).to_dict()
+        found.append(entry)
+    return found
+
+
+def labels(studies: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Measure -> its name for people."""
+    names = {entry["name"] for study in studies for entry in study.get("correlations", [])}
+    known = {name: measure.label for name, measure in MEASURES.items()} | {
+        name: measure.label for name, measure in STUDY_MEASURES.items()
+    }
+    return {name: known.get(name, name.replace("_", " ")) for name in sorted(names)}
+
+
+def network_rows(table: RunTable) -> list[dict[str, Any]]:
+    """One entry for each network: what it is, how its training ended, and its numbers but those of the second criterion."""
+    return [
+        {
+            "cell": record.spec["cell"], "seed": record.spec["seed"], "subset": record.spec["data"]["subset_seed"],
+            "status": record.status, "reason": record.reason,
+            "values": {k: float(f"{v:.7g}") for k, v in record.values.items() if not k.startswith("fixed.")},
+        }
+        for record in table.records
+    ]  # fmt: skip
+
+
+def _there(data: str) -> str:
+    name = "mnist" if data == "auto" else data
+    try:
+        for grid in (shipped("pair-proxy-mnist"), shipped("pair-proxy-fashion-mnist")):
+            if name == "mnist":
+                load_subset(grid.cells[0].data)
+    except DataError:
+        if data != "auto":
+            raise
+        return "digits"
+    return name
+
+
+def _claims(table: RunTable) -> list[Claim]:
+    """What the abstract says about one data set, beside what was found on every network, as in the source.
+
+    Networks that were still not right on all training rows at the cap are among them.
+    """
+    finished = table.where(lambda record: record.status != "failed")
+    if len(finished) < _LEAST:
+        return []
+    data = finished.data_sets[0]
+    y, claims = finished.column(OUTCOME), []
+    for name, (rho, p) in PUBLISHED.get(data, {}).items():
+        found = spearman(finished.column(name), y)
+        says = "does not predict" if rho is None else "predicts"
+        claim = Claim(f"{_NAMES[name]} {says} test accuracy on {data}", {"networks": len(finished)}, PAPER)
+        claim.expected["Spearman's ρ"] = "no correlation" if rho is None else rho
+        claim.measured["Spearman's ρ"] = found.value
+        claim.expected["95 % interval"] = "holds 0" if rho is None else f"holds {rho:+.3f}, and not 0"
+        claim.measured["95 % interval"] = f"{found.low:+.3f} to {found.high:+.3f}"
+        claim.expected["p"] = "not given" if p is None else p
+        claim.measured["p"] = found.p
+        claim.failures += _failures(found, rho)
+        claims.append(claim)
+    return claims
+
+
+def _failures(found: Estimate, rho: float | None) -> list[str]:
+    inside = f"interval is {found.low:+.3f} to {found.high:+.3f}"
+    if rho is None:
+        return [] if found.p > _ALPHA else [f"there is a correlation: {inside}"]
+    failures = [] if found.low <= rho <= found.high else [f"{inside}, without the published {rho:+.3f}"]
+    return failures + ([] if found.low > 0 or found.high < 0 else [f"{inside}: no correlation is shown"])
+
+
+def _verdicts(studies: Sequence[Found]) -> tuple[list[dict[str, Any]], Preregistration | None]:
+    """The rules decided on all head-to-head studies together, once every network has been tried."""
+    rules = next((study.rules for study in studies if study.rules is not None), None)
+    if rules is None or any(study.counts["not run"] for study in studies):
+        return [], rules
+    table = RunTable(tuple(record for study in studies for record in study.table.records))
+    return decide(table, rules), rules
+
+
+def _study(found: Found) -> dict[str, Any]:
+    return {
+        "name": found.grid.name,
+        "description": found.grid.description,
+        "grid": found.grid.text,
+        "digest": found.grid.digest,
+        "versions": list(found.versions),
+        "counts": found.counts,
+        "cpu_seconds": math.fsum(record.seconds for record in found.table.records),
+        "correlations": correlations(found.table),
+        "networks": network_rows(found.table),
+    }
+
+
+def _summary(
+    claims: Sequence[Claim], studies: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    good = sum(not claim.failures for claim in claims)
+    if not claims:
+        answer = "Nothing of the abstract is tested here: this is a smoke run on digits, or nothing has been run."
+    elif good == len(claims):
+        answer = f"Reproduced: all {good} correlations of the abstract lie within the 95 % intervals found here."
+    else:
+        answer = f"Reproduced in part: {good} of {len(claims)} correlations of the abstract."
+    details = [line for study in studies if (line := _rivals(study))]
+    details += [f"{v['name']}: {v['statement']} {v['outcome'].capitalize()}. {v['reason']}" for v in verdicts]
+    return {"answer": answer, "details": details, "cautions": _cautions(studies, verdicts)}
+
+
+def _rivals(study: Mapping[str, Any]) -> str:
+    """How the pair proxy stands among cheap and invariant measures."""
+    found = {entry["name"]: entry["raw"] for entry in study["correlations"] if entry["raw"] is not None}
+    if "pair_proxy" not in found:
+        return ""
+    own = found["pair_proxy"]
+    rivals = {name: found[name] for name in (*INVARIANT_SHARPNESS, *CLASSICAL_RIVALS) if name in found}
+    larger = [name for name, entry in rivals.items() if abs(entry["value"]) > abs(own["value"])]
+    said = "none of the rivals has" if not larger else f"{len(larger)} of {len(rivals)} rivals have"
+    best = max(rivals, key=lambda name: abs(rivals[name]["value"]), default=None)
+    tail = f"; the largest is {MEASURES[best].label}, {_interval(rivals[best])}" if best else ""
+    return (
+        f"{study['name']}: the pair proxy has ρ = {_interval(own)} over {own['n']} networks; {said} a larger "
+        f"correlation in size{tail}."
+    )
+
+
+def _interval(entry: Mapping[str, Any]) -> str:
+    low, high = (math.nan if entry[end] is None else entry[end] for end in ("low", "high"))
+    return f"{entry['value']:+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
+
+
+def _cautions(studies: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = []
+    for study in studies:
+        counts = study["counts"]
+        if counts["not run"]:
+            found.append(f"{study['name']}: {counts['not run']} of {counts['networks']} networks were not run.")
+        if counts["missed"] or counts["failed"]:
+            found.append(
+                f"{study['name']}: {counts['missed']} networks missed their stop criterion and {counts['failed']} failed; "
+                "they are left out, but for the missed ones beside the abstract, which does not leave them out."
+            )
+    names = [study["name"] for study in studies]
+    if {"pair-proxy-mnist", "pair-proxy-fashion-mnist"} <= set(names):
+        found.append(
+            "Both pair-proxy studies use seeds 0 to 99, as the source does: the initial weights are the same, so they are no "
+            "independent replications."
+        )
+    if any(name.startswith("pair-proxy") for name in names):
+        found.append(
+            "Networks of the pair-proxy studies stop at an accuracy that is looked at every ten epochs, so training loss, "
+            "norm and stopping time differ between them; the head-to-head studies stop all at one loss."
+        )
+        found.append(
+            "The order of rows in the source came from a GPU's generator: accuracies are reproduced in distribution, not by "
+            "seed."
+        )
+    if not verdicts:
+        found.append(
+            "That a correlation is found does not say that it is larger than another, or that it is no confounder's; "
+            "the rules for that are decided by the head-to-head studies (--full), once all of their networks have been tried."
+        )
+    return found
