@@ -22,8 +22,15 @@ from flatminima.measures import GROUPS, MeasureOptions, resolve
 from flatminima.models import MODELS
 from flatminima.names import unknown
 from flatminima.objective import SECOND_ORDER, NonFiniteLossError, Objective, ObjectiveError
-from flatminima.protocols import reproduce_convex, reproduce_factorization, reproduce_reparameterization
+from flatminima.protocols import (
+    reproduce_convex,
+    reproduce_factorization,
+    reproduce_reparameterization,
+    reproduce_vanishing,
+    reproduce_weakness,
+)
 from flatminima.protocols.reparameterization import DATA as REPARAMETERIZATION_DATA
+from flatminima.protocols.weakness import DATA as WEAKNESS_DATA
 from flatminima.report import render
 from flatminima.report.compare_markdown import compare_markdown
 from flatminima.report.convex_page import render_convex, zoo_table
@@ -31,6 +38,8 @@ from flatminima.report.factorization_page import render_factorization
 from flatminima.report.measure_list import invariance_table, kinds_table
 from flatminima.report.reparameterization_page import render_reparameterization
 from flatminima.report.terminal import audit_tables, compare_table, measurement_tables, reproduction_tables
+from flatminima.report.vanishing_page import render_vanishing
+from flatminima.report.weakness_page import render_weakness
 from flatminima.study.audit_settings import AuditSettings
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
@@ -378,6 +387,73 @@ def reproduce_reparameterization_command(
         raise SettingsError(unknown("data set", data, REPARAMETERIZATION_DATA))
     results = _reproduced(out, lambda report: reproduce_reparameterization(data, report), render_reparameterization)
     _out.print(reproduction_tables(results))
+    _show_files(out)
+
+
+_Full = Annotated[bool, typer.Option("--full", help="Everything, not a preset: hours, or as far as you let it go.")]
+_OnlyRender = Annotated[bool, typer.Option("--render", help="Run nothing: results and page of what is there.")]
+_Workers = Annotated[int | None, typer.Option(help="Batches of networks at once (default 1).")]
+_Ray = Annotated[str | None, typer.Option(help="Run on a Ray cluster: host:port, auto or local.")]
+
+
+@_reproduce.command("weakness")
+def reproduce_weakness_command(
+    out: Annotated[Path, typer.Option(help="Directory; the same command resumes.")] = Path("runs/weakness"),
+    data: Annotated[
+        str, typer.Option(help=f"{', '.join(WEAKNESS_DATA)}; digits is a smoke run; auto: MNIST where it is found.")
+    ] = "auto",
+    full: _Full = False,
+    workers: _Workers = None,
+    ray: _Ray = None,
+    only_render: _OnlyRender = False,
+) -> None:
+    """Weakness and test accuracy: the pair proxy's correlation, beside those of sharpness, margins and norms."""
+    if data not in WEAKNESS_DATA:
+        raise SettingsError(unknown("data set", data, WEAKNESS_DATA))
+    results = _reproduced(
+        out,
+        lambda report: reproduce_weakness(
+            out,
+            data=data,
+            full=full,
+            workers=workers,
+            ray=ray,
+            run=not only_render,
+            command=_study_command(),
+            progress=report,
+        ),
+        render_weakness,
+    )
+    _show_study(results, out)
+
+
+@_reproduce.command("vanishing")
+def reproduce_vanishing_command(
+    out: Annotated[Path, typer.Option(help="Directory; the same command resumes.")] = Path("runs/vanishing"),
+    full: _Full = False,
+    workers: _Workers = None,
+    ray: _Ray = None,
+    only_render: _OnlyRender = False,
+) -> None:
+    """The vanishing advantage of large batches, with the cells that split batch size from learning rate."""
+    results = _reproduced(
+        out,
+        lambda report: reproduce_vanishing(
+            out, full=full, workers=workers, ray=ray, run=not only_render, command=_study_command(), progress=report
+        ),
+        render_vanishing,
+    )
+    _show_study(results, out)
+
+
+def _study_command() -> str:
+    return shlex.join(["flatminima", *(word for word in sys.argv[1:] if word != "--render")])
+
+
+def _show_study(results: dict[str, Any], out: Path) -> None:
+    _out.print(reproduction_tables(results))
+    for caution in results["cautions"]:
+        _out.print(f"careful: {caution}", highlight=False, markup=False)
     _show_files(out)
 
 

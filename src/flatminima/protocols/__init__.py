@@ -4,5 +4,14 @@ from flatminima.protocols.convex import reproduce_convex
 from flatminima.protocols.domains import reproduce_swad
 from flatminima.protocols.factorization import reproduce_factorization
 from flatminima.protocols.reparameterization import reproduce_reparameterization
+from flatminima.protocols.vanishing import reproduce_vanishing
+from flatminima.protocols.weakness import reproduce_weakness
 
-__all__ = ["reproduce_convex", "reproduce_factorization", "reproduce_reparameterization", "reproduce_swad"]
+__all__ = [
+    "reproduce_convex",
+    "reproduce_factorization",
+    "reproduce_reparameterization",
+    "reproduce_swad",
+    "reproduce_vanishing",
+    "reproduce_weakness",
+]

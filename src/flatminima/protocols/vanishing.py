@@ -19,7 +19,7 @@ from scipy import stats
 import flatminima
 from flatminima.protocols.claims import PAPER, Claim, finite
 from flatminima.protocols.study_files import Found, Part, run_parts, shipped
-from flatminima.protocols.weakness import OUTCOME, labels, network_rows
+from flatminima.protocols.weakness import OUTCOME, labels, network_columns
 from flatminima.study.correlation import spearman
 from flatminima.study.preregister import weakness_rules
 from flatminima.study.run_table import RunTable
@@ -110,8 +110,8 @@ def reproduce_vanishing(
 def matched(table: RunTable) -> list[dict[str, Any]]:
     """Large minus small batches in percentage points, by rows: the source's comparison, and at each learning rate.
 
-    Intervals are Welch's, of two independent samples of seeds. The outcome is that of two one-sided tests at 5 % against a margin
-    of 0.3 points below 6,000 rows and of 0.1 from there: equivalent, different, or undecided.
+    Intervals are Welch's, of two independent samples of seeds. The outcome is that of two one-sided tests at 5 % against a
+    margin of 0.3 points below 6,000 rows and of 0.1 from there: equivalent, different, or undecided.
     """
     finished, found = table.finished, []
     for rows in sorted({record.spec["data"]["rows"] for record in table.records}):
@@ -156,10 +156,10 @@ _PATTERNS = ("measure.unseen_patterns_1", "measure.unseen_patterns_2")
 
 
 def trace_correlations(table: RunTable) -> list[dict[str, Any]]:
-    """Trace and patterns against accuracy for the source's two regimes: pooled, and within regimes; and how reliable a trace is.
+    """Trace and patterns against accuracy for the source's two regimes: pooled, within regimes, and how reliable a trace is.
 
-    The trace of the source is a new random estimate on a new random subset at every call; ``reliability`` is the rank correlation
-    of two calls on the same networks.
+    The trace of the source is a new random estimate on a new random subset at every call; ``reliability`` is the rank
+    correlation of two calls on the same networks.
     """
     finished, found = table.finished, []
     for rows in sorted({record.spec["data"]["rows"] for record in table.records}):
@@ -188,8 +188,8 @@ def trace_correlations(table: RunTable) -> list[dict[str, Any]]:
 def agreement(found: Found) -> list[dict[str, Any]]:
     """On test pictures that a network gets wrong, the mean share of the other networks that are right; by rows and regime.
 
-    This is the source's measure of how errors are shared, on test pictures instead of all unseen ones. It conditions on a network's
-    own errors and is a re-expression of their number.
+    This is the source's measure of how errors are shared, on test pictures instead of all unseen ones. It conditions on a
+    network's own errors and is a re-expression of their number.
     """
     entries = []
     for rows in sorted({record.spec["data"]["rows"] for record in found.table.records}):
@@ -278,7 +278,7 @@ def _study(found: Found) -> dict[str, Any]:
         "name": found.grid.name, "description": found.grid.description, "grid": found.grid.text,
         "digest": found.grid.digest, "versions": list(found.versions), "counts": found.counts,
         "cpu_seconds": math.fsum(record.seconds for record in found.table.records),
-        "networks": network_rows(found.table),
+        "networks": network_columns(found.table),
     }  # fmt: skip
 
 
@@ -315,8 +315,8 @@ def _cautions(differences: Sequence[Mapping[str, Any]], studies: Sequence[Mappin
     found = [
         "The source's two regimes differ in learning rate as well as in batch size; only a comparison at one learning rate is "
         "about batches.",
-        "As in the source, learning rate, schedule and stop rule change with the number of rows, so a trend over rows is not one of "
-        "rows alone; batch-rate-rows keeps one protocol for all.",
+        "As in the source, learning rate, schedule and stop rule change with the number of rows, so a trend over rows is not "
+        "one of rows alone; batch-rate-rows keeps one protocol for all.",
         "A correlation pooled over two regimes has an effective n of about 2 (Simpson); read the one within regimes.",
     ]
     missing = sorted({e["rows"] for e in differences if e["kind"] == "as the source" and e["low"] is None})
@@ -328,7 +328,7 @@ def _cautions(differences: Sequence[Mapping[str, Any]], studies: Sequence[Mappin
             found.append(f"{study['name']}: {counts['not run']} of {counts['networks']} networks were not run.")
         if counts["missed"] or counts["failed"]:
             found.append(
-                f"{study['name']}: {counts['missed']} networks missed their stop criterion and {counts['failed']} failed; they are in "
-                "no comparison."
+                f"{study['name']}: {counts['missed']} networks missed their stop criterion and {counts['failed']} failed; they "
+                "are in no comparison."
             )
     return found

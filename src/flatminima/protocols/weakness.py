@@ -40,6 +40,7 @@ PUBLISHED: Mapping[str, Mapping[str, tuple[float | None, float | None]]] = {
 }
 _NAMES = {"pair_proxy": "the pair proxy", "source_trace": "the Hessian trace", "parameter_norm": "the weight norm"}
 _ALPHA = 0.05
+_LEFT_OUT = ("fixed.", "repeat.", "error.")  # of the columns; the database has them
 _LEAST = 10  # networks of a correlation
 
 
@@ -154,16 +155,24 @@ def labels(studies: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {name: known.get(name, name.replace("_", " ")) for name in sorted(names)}
 
 
-def network_rows(table: RunTable) -> list[dict[str, Any]]:
-    """One entry for each network: what it is, how its training ended, and its numbers but those of the second criterion."""
-    return [
-        {
-            "cell": record.spec["cell"], "seed": record.spec["seed"], "subset": record.spec["data"]["subset_seed"],
-            "status": record.status, "reason": record.reason,
-            "values": {k: float(f"{v:.7g}") for k, v in record.values.items() if not k.startswith("fixed.")},
-        }
-        for record in table.records
-    ]  # fmt: skip
+def network_columns(table: RunTable) -> dict[str, Any]:
+    """The networks column by column: what each is, how its training ended, and its numbers, but those of repetitions.
+
+    ``values`` has a list for each name, in the order of ``seed``; ``None`` where a network has no number.
+    """
+    kept = [name for name in table.names if not name.startswith(_LEFT_OUT)]
+    return {
+        "cell": [record.spec["cell"] for record in table.records],
+        "seed": table.spec("seed"),
+        "subset": table.spec("data", "subset_seed"),
+        "status": [record.status for record in table.records],
+        "reason": [record.reason for record in table.records],
+        "values": {name: [_short(record.values.get(name)) for record in table.records] for name in kept},
+    }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _there(data: str) -> str:
@@ -231,7 +240,7 @@ def _study(found: Found) -> dict[str, Any]:
         "counts": found.counts,
         "cpu_seconds": math.fsum(record.seconds for record in found.table.records),
         "correlations": correlations(found.table),
-        "networks": network_rows(found.table),
+        "networks": network_columns(found.table),
     }
 
 
