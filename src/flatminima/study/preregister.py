@@ -18,8 +18,8 @@ OUTCOMES = ("supported", "refuted", "undecided")
 KINDS: Mapping[str, tuple[frozenset[str], str]] = {
     "predicts": (
         frozenset({"measure", "given", "margin", "data_sets"}),
-        "Supported if the {level:.0%} interval of the partial rank correlation with {outcome}, within cells, lies above 0 on at "
-        "least {data_sets} data sets and all there are. Refuted if on one of them the interval lies below 0, or the "
+        "Supported if the {level:.0%} interval of the partial rank correlation with {outcome}, within cells, lies above 0 on "
+        "at least {data_sets} data sets and all there are. Refuted if on one of them the interval lies below 0, or the "
         "{inner:.0%} interval lies within ±{margin:g}.",
     ),
     "beats": (
@@ -30,15 +30,15 @@ KINDS: Mapping[str, tuple[frozenset[str], str]] = {
     ),
     "indifferent": (
         frozenset({"measure", "rivals", "margin", "data_sets"}),
-        "Against the rival whose rank correlation with one half of the test set is largest in size, measured on the other half: "
-        "supported if the {inner:.0%} interval of the difference in size lies within ±{margin:g} on at least {data_sets} data "
-        "sets and all there are. Refuted if on one of them the {level:.0%} interval lies outside.",
+        "Against the rival whose rank correlation with one half of the test set is largest in size, measured on the other "
+        "half: supported if the {inner:.0%} interval of the difference in size lies within ±{margin:g} on at least {data_sets} "
+        "data sets and all there are. Refuted if on one of them the {level:.0%} interval lies outside.",
     ),
     "batch": (
         frozenset({"margins"}),
-        "Large minus small batch at the same learning rate and number of rows, paired by seed and averaged over learning rates. "
-        "Supported if for every number of rows two one-sided tests show that it is smaller than the margin. Refuted if for one "
-        "of them the {level:.0%} interval, widened for their number, lies outside the margin.",
+        "Large minus small batch at the same learning rate and number of rows, paired by seed and averaged over learning "
+        "rates. Supported if for every number of rows two one-sided tests show that it is smaller than the margin. Refuted if "
+        "for one of them the {level:.0%} interval, widened for their number, lies outside the margin.",
     ),
     "coordinates": (
         frozenset({"measure", "invariant", "margin", "keeps", "data_sets"}),
