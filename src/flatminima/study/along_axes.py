@@ -29,7 +29,7 @@ def along_axes(association: Association) -> list[dict[str, Any]]:
     if not axes:
         return []
     outcome = association.table.column(association.outcome)
-    points = test_rows(association.table, association.outcome)
+    points = evaluation_rows(association.table, association.outcome)
     found = []
     for label in association.labels:
         name = association.names[label]
@@ -56,7 +56,7 @@ def along_axes(association: Association) -> list[dict[str, Any]]:
     return found
 
 
-def test_rows(table: RunTable, outcome: str) -> int | None:
+def evaluation_rows(table: RunTable, outcome: str) -> int | None:
     """Rows behind each accuracy: the smallest number of which all of them are multiples of one over it.
 
     With some tens of networks it is the number itself; with fewer it can be a divisor of it, which makes errors look larger.
@@ -64,7 +64,7 @@ def test_rows(table: RunTable, outcome: str) -> int | None:
     Example:
         >>> from flatminima.study.run_spec import Record
         >>> records = [Record("a" * 64, {}, "finished", values={"test.accuracy": k / 1547}) for k in (1400, 1401, 1390)]
-        >>> test_rows(RunTable(tuple(records)), "test.accuracy")
+        >>> evaluation_rows(RunTable(tuple(records)), "test.accuracy")
         1547
     """
     values: NDArray[np.float64] = np.unique(table.column(outcome))

@@ -179,16 +179,16 @@ def _details(found: Mapping[str, Any]) -> list[str]:
             "-", "−"
         )
         details.append(
-            f"On {slope['data']} the accuracy of large minus small batches, at matched learning rates, changes by {change} points for "
-            f"every factor e of rows ({slope['n']} seeds)."
+            f"On {slope['data']} the accuracy of large minus small batches, at matched learning rates, changes by "
+            f"{change} points for every factor e of rows ({slope['n']} seeds)."
         )
     for part in found["data"]:
         if part["selection"]:
             best = min(part["selection"], key=lambda row: row["top_10"])
             details.append(
-                f"On {part['name']} the tenth chosen by {best['label']} is {100 * best['top_10']:.2f} points below the best tenth, "
-                f"less than by any other measure; one network chosen by it is {100 * best['top_1']:.2f} below the best one, "
-                f"a random one {100 * best['random']:.2f}."
+                f"On {part['name']} the tenth chosen by {best['label']} is {100 * best['top_10']:.2f} points below the best "
+                f"tenth, less than by any other measure; one network chosen by it is {100 * best['top_1']:.2f} below the "
+                f"best one, a random one {100 * best['random']:.2f}."
             )
     return details
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from flatminima.study.along_axes import test_rows
+from flatminima.study.along_axes import evaluation_rows
 from flatminima.study.association import Association
 from flatminima.study.dependent import meng_z
 from flatminima.study.rank_table import RankTable, correlation_of
@@ -132,7 +132,7 @@ def _units(association: Association, rows: Sequence[Mapping[str, Any]]) -> list[
 def _ceiling(association: Association) -> list[str]:
     y = association.table.column(association.outcome)
     y = y[np.isfinite(y)]
-    points = test_rows(association.table, association.outcome)
+    points = evaluation_rows(association.table, association.outcome)
     if points is None or len(y) < 3:
         return []
     noise = math.sqrt(float(y.mean() * (1 - y.mean())) / points)
@@ -269,7 +269,7 @@ def power(n: int, r12: float = 0.40, r13: float = 0.25, r23: float = 0.35) -> fl
 
     Example:
         >>> round(power(100), 2), round(power(425), 2)
-        (0.24, 0.76)
+        (0.29, 0.83)
     """
     z = meng_z(r12, r13, r23, max(n, 4)).z
     return float(stats.norm.sf(1.959964 - z) + stats.norm.sf(1.959964 + z))
