@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import flatminima
-from flatminima import cli_audit, cli_measure, cli_swad, cli_symmetries
+from flatminima import cli_audit, cli_measure, cli_study, cli_swad, cli_symmetries
 from flatminima.data import DATASETS, DOMAIN_DATASETS, DataError
 from flatminima.measures import GROUPS, MeasureOptions, resolve
 from flatminima.models import MODELS
@@ -53,6 +53,7 @@ from flatminima.symmetries import KINDS
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 _reproduce = typer.Typer(no_args_is_help=True, help="Run a published experiment again and compare.")
 app.add_typer(_reproduce, name="reproduce")
+app.add_typer(cli_study.app, name="study")
 _out, _err = Console(), Console(stderr=True)
 
 # What a user can mend: said in one line, without a traceback.

@@ -143,15 +143,20 @@ class StudyDatabase:
         return None if found is None else json.loads(found)
 
     def set_meta(self, key: str, value: Any) -> None:
-        """Add an entry, such as the rules of decision; an entry that is there is never changed.
+        """Add an entry, such as the rules of decision, before there is any result; nothing is ever changed.
 
         Raises:
-            StudyError: there is another one of this name.
+            StudyError: there is another entry of this name, or none and there are results already.
         """
         with self._transaction():
+            there = self.meta(key)
+            if there is None and self._one("SELECT count(*) FROM runs WHERE status IS NOT NULL"):
+                raise StudyError(f"{self.path} has results already: {key!r} had to be given before the first of them")
             self._connection.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
-            if self.meta(key) != json.loads(json.dumps(value)):
-                raise StudyError(f"{self.path} holds another {key!r} already: expected the same; it was written before")
+            if _timeless(self.meta(key)) != _timeless(json.loads(json.dumps(value))):
+                raise StudyError(
+                    f"{self.path} holds other {key!r} already: expected the same; they were written before"
+                )
 
     def versions(self) -> list[dict[str, Any]]:
         """Versions of code and data that runs were made with, in the order of their use."""
@@ -219,6 +224,11 @@ class StudyDatabase:
         """One artefact of a run, or ``None``."""
         content = self._one("SELECT content FROM artefacts WHERE run = ? AND name = ?", run, name)
         return None if content is None else bytes(content)
+
+    def artefact_names(self) -> list[tuple[str, str]]:
+        """Run and name of every artefact, in the order of the study."""
+        query = "SELECT run, name FROM artefacts JOIN runs ON runs.id = run ORDER BY position, name"
+        return [(run, name) for run, name in self._rows(query)]
 
     def run_versions(self) -> dict[str, int]:
         """Run -> number of the version it was made with."""
@@ -299,6 +309,11 @@ class StudyDatabase:
             yield
         except sqlite3.Error as error:
             raise StudyError(f"{self.path}: {_advice(str(error))}") from error
+
+
+def _timeless(value: Any) -> Any:
+    """An entry without the time at which it says that it was written."""
+    return {key: inner for key, inner in value.items() if key != "written"} if isinstance(value, dict) else value
 
 
 _RECORDS = "SELECT id, spec, status, reason, seconds FROM runs WHERE status IS NOT NULL ORDER BY position"

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from flatminima.study.claims import LEASE
 from flatminima.study.database import StudyDatabase, StudyError
 from flatminima.study.executor import Report
+from flatminima.study.export import flattened
 from flatminima.study.grid import Grid
 from flatminima.study.network_runs import run_batch
 from flatminima.study.run_spec import Record, RunSpec
@@ -71,7 +72,7 @@ def run_study(
             is recorded.
         extend: the grid may have more networks than the database, as with more seeds. Looking at results and then adding runs
             until they please is optional stopping: decide it before.
-        meta: more entries for a new database, such as the rules of decision.
+        meta: more entries, such as the rules of decision, which have to be there before the first result.
         progress: called in this process.
         run_batch: a module-level function that makes the records of some networks, at once or one by one.
 
@@ -79,8 +80,8 @@ def run_study(
         The number of runs by status.
 
     Raises:
-        StudyError: the file holds another study, or was made with another version (the differences are shown); a worker runs
-            another version; the disk is full. What was finished is kept.
+        StudyError: the file holds another study, or was made with another version (the differences are shown), or has results
+            and other ``meta``; a worker runs another version; the disk is full. What was finished is kept.
         DataError: the data are not there.
         Exception: as of :func:`~flatminima.study.runner.run_jobs`.
     """
@@ -96,6 +97,8 @@ def run_study(
         database.begin(runs, {**about, **(meta or {})}, version)
         _check_grid(database, grid, runs, about, extend)
         _check_version(database, version, other_version)
+        for key, value in (meta or {}).items():
+            database.set_meta(key, value)
         share = batch or min(LARGEST_BATCH, math.ceil(len(runs) / (workers or (_CLUSTER if ray else 1))))
         with _renewed(database):
             _run(database, _Work(run_batch, version), share, workers, ray, resources, progress)
@@ -262,7 +265,7 @@ def _first_difference(there: Sequence[RunSpec], now: Sequence[RunSpec]) -> str:
     """The fields in which the first networks that differ do."""
     for old, new in zip(there, now, strict=False):
         if old != new:
-            before, after = _flat(old.to_dict()), _flat(new.to_dict())
+            before, after = dict(flattened(old.to_dict())), dict(flattened(new.to_dict()))
             fields = [
                 f"{name} {before.get(name)!r} there and {after.get(name)!r} now"
                 for name in dict.fromkeys([*before, *after])
@@ -270,13 +273,6 @@ def _first_difference(there: Sequence[RunSpec], now: Sequence[RunSpec]) -> str:
             ]
             return f" ({', '.join(fields)})"
     return ""
-
-
-def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in plain.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def _check_version(database: StudyDatabase, version: Mapping[str, Any], other_version: bool) -> None:

@@ -94,7 +94,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     said = []
     for part in dict.fromkeys([*before, *now]):
-        then, today = before.get(part, {}), now.get(part, {})
+        then, today = _entries(before.get(part, {})), _entries(now.get(part, {}))
         changes = []
         for name in sorted({*then, *today}):
             if name not in today:
@@ -107,6 +107,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if changes:
             said.append(f"{part}: {', '.join(changes)}")
     return said
+
+
+def _entries(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, Mapping) else {str(found): found}  # a version that somebody wrote by hand
 
 
 def _file(module: str) -> Path | None:
