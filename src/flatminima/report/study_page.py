@@ -40,6 +40,9 @@ def render_study(results: Mapping[str, Any]) -> str:
     factor, levels = plots.levels(results)
     kinds = list(plots.KINDS)
     rules = results["rules"]
+    written = (
+        ("none", "") if rules is None else (rules["digest"][:12], f"written {rules['written'] or 'at an unknown time'}")
+    )
     context = {
         "results": results,
         "question": _QUESTION,
@@ -50,7 +53,7 @@ def render_study(results: Mapping[str, Any]) -> str:
             ("Left out", integer(counts["missed"] + counts["failed"]), f"{counts['missed']} missed, {counts['failed']} failed"),
             ("Data", ", ".join(part["name"] for part in results["data"]) or "–", f"predicted: {results['outcome']}"),
             ("Resamples", integer(results["settings"]["draws"]), "BCa intervals, 95 %"),
-            ("Rules", "none" if rules is None else rules["digest"][:12], "" if rules is None else f"written {rules['written'] or 'at an unknown time'}"),
+            ("Rules", *written),
         ],
         "tables": study_tables(results),
         "plots": {"forest": _drawings(plots.forest(results)), "scatter": _drawings(plots.scatter(results))},

@@ -120,7 +120,8 @@ def reliability_table(results: Results) -> Table:
     """Kendall's tau, reliability, and the interval over training subsets."""
     columns = (
         Column("Measure", "data set", False), Column("Kendall's τ", "95 % interval"),
-        Column("Reliability", "measured again, within cells"), Column("ρ over training subsets", "95 % interval, t over subsets"),
+        Column("Reliability", "measured again, within cells"),
+        Column("ρ over training subsets", "95 % interval, t over subsets"),
     )  # fmt: skip
     rows = [
         (
@@ -222,8 +223,8 @@ def selection_table(results: Results) -> Table:
 def cell_table(results: Results) -> Table:
     """Every cell, also those that nobody finished."""
     columns = (
-        Column("Cell", "data, rows, subset", False), Column("Finished"), Column("Missed", "the stop criterion"), Column("Failed"),
-        Column("Accuracy, %", "standard deviation"), Column("Epochs", "median"), Column("Reasons", "", False),
+        Column("Cell", "data, rows, subset", False), Column("Finished"), Column("Missed", "the stop criterion"),
+        Column("Failed"), Column("Accuracy, %", "standard deviation"), Column("Epochs", "median"), Column("Reasons", "", False),
     )  # fmt: skip
     rows = []
     for cell in results["cells"]:
@@ -233,8 +234,8 @@ def cell_table(results: Results) -> Table:
             (
                 Cell(name, f"{cell['data']}, {integer(cell['rows'])}, {cell['subset']}"),
                 *(
-                    Cell(integer(cell[status]), "", (cell[status],), tone="bad" if status != "finished" and cell[status] else "")
-                    for status in ("finished", "missed", "failed")
+                    Cell(integer(cell[status]), "", (cell[status],), tone="bad" if bad and cell[status] else "")
+                    for status, bad in (("finished", False), ("missed", True), ("failed", True))
                 ),
                 Cell(
                     MISSING if mean is None else f"{100 * mean:.2f}", "" if sd is None else f"± {100 * sd:.2f}", (mean, sd)

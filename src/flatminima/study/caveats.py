@@ -21,6 +21,7 @@ FEW_UNITS = 20
 _COLLINEAR = 0.9
 _RELIABLE = 0.7
 _CONFOUNDED = 0.7
+_ASKED_ABOUT = ("pair_proxy", "trace")
 _COVARIATES = (
     "train.epochs", "train.loss", "parameter_norm", "live_units", "participation_ratio", "normalised_margin", "margin_quantile",
 )  # fmt: skip
@@ -210,25 +211,21 @@ def _collinear(association: Association) -> list[str]:
 
 
 def _confounded(association: Association) -> list[str]:
-    found, absent = [], []
-    for name in _COVARIATES:
-        if association.table.full_name(name) is None:
-            absent.append(name)
+    """What the measures that the questions are about go with; measures of one idea are not each other's confounders."""
+    found = []
+    absent = [name for name in _COVARIATES if association.table.full_name(name) is None]
+    for label in association.labels:
+        if association.names[label] not in _ASKED_ABOUT:
             continue
-        other = association.table.column(name)
         close = []
-        for label in association.labels:
-            if association.names[label] == name or association.names[label] not in (
-                "pair_proxy",
-                "trace",
-                "source_trace",
-            ):
+        for name in _COVARIATES:
+            if name in absent:
                 continue
-            rho = _rho(association, association.table.column(f"measure.{label}"), other)
+            rho = _rho(association, association.table.column(f"measure.{label}"), association.table.column(name))
             if abs(rho) >= _CONFOUNDED:
-                close.append(f"{label} ({rho:+.2f})".replace("-", "−"))
+                close.append(f"{name} ({rho:+.2f})".replace("-", "−"))
         if close:
-            found.append(f"{name} goes with {', '.join(close)}: what one of them predicts, the other may.")
+            found.append(f"{label} goes with {_list(close)}: what one of them predicts, the other may.")
     if absent:
         found.append(f"not recorded, and so not held fixed: {', '.join(absent)}.")
     return found
