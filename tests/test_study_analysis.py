@@ -1,0 +1,382 @@
+"""Verdicts, caveats and figures of studies whose truth is known, because their records were drawn."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from playwright.sync_api import Browser
+from scipy import stats
+
+from analysis_fixture import WEAK, measured, record, seeds_study
+from flatminima.report.study_page import render_study
+from flatminima.report.study_tables import study_markdown, study_tables
+from flatminima.study.along_axes import evaluation_rows
+from flatminima.study.analysis import analyse
+from flatminima.study.batch_effect import matched_differences, slope_on_rows
+from flatminima.study.preregister import Hypothesis, Preregistration, PreregistrationError, weakness_rules
+from flatminima.study.run_spec import Record
+from flatminima.study.run_table import RunTable, resampling_units
+from flatminima.study.verdicts import decide
+
+
+def quick(rules: Preregistration) -> Preregistration:
+    return Preregistration(rules.study, rules.hypotheses, rules.outcome, rules.level, 600, rules.seed)
+
+
+def outcomes(records: list[Record], rules: Preregistration) -> dict[str, str]:
+    return {v["name"]: v["outcome"] for v in decide(RunTable(tuple(records)), quick(rules))}
+
+
+def both(effects: dict[str, float], n: int = 400) -> list[Record]:
+    return seeds_study(n, effects, seed=1) + seeds_study(n, effects, data="fashion-mnist", seed=2, first=n)
+
+
+@pytest.fixture(scope="module")
+def simulated() -> list[Record]:
+    return both(WEAK)
+
+
+# --- verdicts ------------------------------------------------------------------------------------------------------
+
+
+def test_true_hypotheses_are_supported_and_false_ones_refuted(simulated: list[Record]) -> None:
+    # The pair proxy (0.6) predicts and differs from the orbit-minimal trace (0.5); the trace is coordinates only.
+    found = outcomes(simulated, weakness_rules("s"))
+    assert found["H1"] == "supported"
+    assert found["H5"] == "supported"
+    assert outcomes(both(WEAK | {"measure.pair_proxy": 0.0}), weakness_rules("s"))["H1"] == "refuted"
+    assert outcomes(both(WEAK | {"measure.pair_proxy": 0.2}), weakness_rules("s"))["H2"] == "refuted"
+    assert outcomes(both(WEAK | {"measure.pair_proxy": 0.85}), weakness_rules("s"))["H2"] == "supported"
+    assert outcomes(both(WEAK | {"orbit.trace": -0.5}), weakness_rules("s"))["H5"] == "refuted"
+    assert outcomes(both(WEAK | {"measure.orbit_minimal_trace": -0.1}), weakness_rules("s"))["H5"] == "refuted"
+
+
+def test_indifference_is_shown_with_many_networks_only() -> None:
+    equal = WEAK | {"measure.pair_proxy": 0.5}
+    assert outcomes(both(equal, 1500), weakness_rules("s"))["H3"] == "supported"
+    assert outcomes(both(equal, 60), weakness_rules("s"))["H3"] == "undecided"
+    assert outcomes(both(WEAK | {"measure.pair_proxy": 0.9}), weakness_rules("s"))["H3"] == "refuted"
+
+
+def test_what_cannot_be_decided_says_why(simulated: list[Record]) -> None:
+    one = decide(RunTable(tuple(r for r in simulated if r.spec["data"]["name"] == "mnist")), quick(weakness_rules("s")))
+    assert {v["name"]: v["outcome"] for v in one}["H1"] == "undecided"
+    assert "It asks for 2 data sets, and there are 1." in one[0]["reason"]
+    less = [
+        Record(r.id, r.spec, r.status, values={k: v for k, v in r.values.items() if "live" not in k}) for r in simulated
+    ]
+    (first, *_) = decide(RunTable(tuple(less)), quick(weakness_rules("s")))
+    assert first["outcome"] == "undecided"
+    assert "On mnist there is no live_units." in first["reason"]
+    assert decide(RunTable(()), quick(weakness_rules("s")))[0]["outcome"] == "undecided"
+    few = decide(RunTable(tuple(simulated[:5])), quick(weakness_rules("s")))
+    assert "On mnist only 5 networks have everything it needs." in few[0]["reason"]
+
+
+def test_without_correlation_to_explain_h5_is_undecided() -> None:
+    found = decide(RunTable(tuple(both(WEAK | {"measure.trace": 0.0}, 200))), quick(weakness_rules("s")))
+    verdict = next(v for v in found if v["name"] == "H5")
+    assert verdict["outcome"] == "undecided"
+    assert "shows no correlation to explain" in verdict["reason"]
+
+
+def test_holm_can_take_support_away() -> None:
+    # p = 0.05 alone is not enough among four rules.
+    for n in range(20, 400, 10):
+        records = both(WEAK | {"measure.pair_proxy": 0.25}, n)
+        verdict = decide(RunTable(tuple(records)), quick(weakness_rules("s")))[0]
+        if verdict["parts"] and all(p["outcome"] == "supported" for p in verdict["parts"]) and verdict["p_holm"] > 0.05:
+            assert verdict["outcome"] == "undecided"
+            assert "not after Holm's correction" in verdict["reason"]
+            return
+    pytest.fail("no sample was near the level")
+
+
+def test_a_true_null_is_supported_at_most_at_the_level() -> None:
+    supported = 0
+    for trial in range(200):
+        effects = {"measure.pair_proxy": 0.0}
+        records = seeds_study(60, effects, seed=trial)
+        given = {"measure": "pair_proxy", "given": ["train.loss"], "margin": 0.1, "data_sets": 1}
+        rules = Preregistration("s", (Hypothesis("H1", "predicts", "", given),), draws=300)
+        supported += decide(RunTable(tuple(records)), rules)[0]["outcome"] == "supported"
+    assert supported / 200 <= 0.05 + 0.02  # two-sided at 5 %: supported at 2.5 %
+
+
+# --- batch and learning rate ---------------------------------------------------------------------------------------
+
+
+def grid_study(effect: dict[int, float], seeds: int = 10, noise: float = 0.002) -> list[Record]:
+    rng = np.random.default_rng(0)
+    return [
+        record(
+            s, {"test.accuracy": 0.9 + 0.02 * lr + (effect[rows] if batch > 64 else 0) + noise * rng.normal()}, rows=rows,
+            cell={"rows": rows, "lr": lr, "batch": batch}, lr=lr, batch=batch,
+        )
+        for rows in effect for lr in (0.05, 0.5) for batch in (64, rows) for s in range(seeds)
+    ]  # fmt: skip
+
+
+def test_batches_are_compared_at_matched_rates() -> None:
+    rules = weakness_rules("grid", batch=True)
+    assert outcomes(grid_study({250: 0.0005, 6000: 0.0}, 40, 0.001), rules) == {"H4": "supported"}
+    assert outcomes(grid_study({250: 0.02, 6000: 0.0}), rules) == {"H4": "refuted"}
+    assert outcomes(grid_study({250: 0.0, 6000: 0.0}, 3, 0.01), rules) == {"H4": "undecided"}
+    (slope,) = slope_on_rows(RunTable(tuple(grid_study({250: 0.03, 500: 0.02, 2000: 0.0}, 10, 0.001))), "test.accuracy")
+    expected = np.polyfit(np.log([250, 500, 2000]), [0.03, 0.02, 0.0], 1)[0]
+    assert slope["low"] <= expected <= slope["high"]
+    assert slope["p"] < 1e-6
+
+
+def test_unmatched_cells_are_no_pairs() -> None:
+    records = [
+        r
+        for r in grid_study({250: 0.0})
+        if (r.spec["optimiser"]["lr"] > 0.1) == (r.spec["optimiser"]["batch_size"] > 64)
+    ]
+    assert matched_differences(RunTable(tuple(records)), "test.accuracy") == {}
+    found = analyse(records, quick(weakness_rules("grid", batch=True)), draws=200)
+    assert found["verdicts"][0]["outcome"] == "undecided"
+    assert any("differ in learning rate too at 250 rows" in c for c in found["cautions"])
+
+
+def test_interval_of_the_matched_difference_is_that_of_the_paired_t_test() -> None:
+    records = grid_study({250: 0.01})
+    part = decide(RunTable(tuple(records)), quick(weakness_rules("grid", batch=True)))[0]["parts"][0]
+    by = {
+        (r.spec["seed"], r.spec["optimiser"]["lr"], r.spec["optimiser"]["batch_size"]): r.values["test.accuracy"]
+        for r in records
+    }
+    differences = [np.mean([by[s, lr, 250] - by[s, lr, 64] for lr in (0.05, 0.5)]) for s in range(10)]
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert (part["low"], part["high"]) == (pytest.approx(low), pytest.approx(high))
+
+
+# --- rules ---------------------------------------------------------------------------------------------------------
+
+
+def test_rules_are_hashed_and_cannot_be_changed_unnoticed() -> None:
+    rules = weakness_rules("s", written="2026-01-01T00:00:00+00:00")
+    assert Preregistration.from_json(rules.to_json()) == rules
+    assert rules.digest == weakness_rules("s").digest  # when it was written is no part of it
+    assert weakness_rules("s", data_sets=1).digest != rules.digest
+    for old, new in (('"level": 0.95', '"level": 0.9'), ('"draws": 10000', '"draws": 100'), ("pair_proxy", "trace")):
+        with pytest.raises(PreregistrationError, match="were changed after they were written"):
+            Preregistration.from_json(rules.to_json().replace(old, new))
+    with pytest.raises(PreregistrationError, match="not the rules of a study"):
+        Preregistration.from_json("{}")
+    with pytest.raises(PreregistrationError, match="schema 9"):
+        Preregistration.from_json(rules.to_json().replace('"schema": 1', '"schema": 9'))
+    with pytest.raises(PreregistrationError, match="unknown kind of rule 'predict'"):
+        Hypothesis("H1", "predict", "", {})
+    with pytest.raises(PreregistrationError, match="rule H1 of kind batch is given nothing: expected margins"):
+        Hypothesis("H1", "batch", "", {})
+    one = Hypothesis("H1", "batch", "", {"margins": [[0, 0.1]]})
+    with pytest.raises(PreregistrationError, match="two rules have one name"):
+        Preregistration("s", (one, one))
+    with pytest.raises(PreregistrationError, match=r"level is 1\.5"):
+        Preregistration("s", (one,), level=1.5)
+    assert all("{" not in rules.rule(hypothesis) for hypothesis in rules.hypotheses)
+
+
+# --- figures and caveats -------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_scipy_and_of_every_kind(simulated: list[Record]) -> None:
+    found = analyse(simulated, draws=300)
+    assert [part["name"] for part in found["data"]] == ["mnist", "fashion-mnist"]
+    table = RunTable(tuple(simulated)).of_data("mnist")
+    for row in found["data"][0]["correlations"]:
+        expected = stats.spearmanr(table.column(f"measure.{row['measure']}"), table.column("test.accuracy")).statistic
+        assert row["raw"]["value"] == pytest.approx(expected)
+        assert row["within"] is None  # one cell
+        assert row["raw"]["low"] < expected < row["raw"]["high"]
+        assert 0 < row["p"] <= row["p_bh"] <= 1
+    trace = next(row for row in found["data"][0]["correlations"] if row["measure"] == "trace")
+    assert trace["orbit"]["low"] < 0 < trace["orbit"]["high"]
+    assert abs(trace["corrected"]["value"]) > abs(trace["raw"]["value"])
+    assert found["data"][0]["comparisons"][0]["first"] == "pair_proxy"
+    assert all(c["r_first"] for c in found["data"][0]["comparisons"])
+    json.dumps(found, allow_nan=False)
+    assert found == analyse(simulated, draws=300)
+    assert "No decision rule was written before training" in found["cautions"][0]
+
+
+def test_selection_by_a_good_measure_loses_less(simulated: list[Record]) -> None:
+    rows = {row["measure"]: row for row in analyse(simulated, draws=200)["data"][0]["selection"]}
+    assert rows["pair_proxy"]["top_10"] < rows["adaptive_sharpness"]["top_10"]
+    assert rows["pair_proxy"]["direction"] == "highest"
+    assert rows["trace"]["direction"] == "lowest"
+
+
+def test_simpson_and_its_caveat() -> None:
+    rng = np.random.default_rng(0)
+    records = []
+    for cell, shift in (("small", 0.0), ("large", 3.0)):
+        for s in range(60):
+            values = measured(rng, rng.normal() + shift, {})
+            inside = (values["test.accuracy"] - 0.8) / 0.03 - shift
+            values |= {"measure.trace": 4 * shift - inside + rng.normal(), "measure.path_norm": shift + rng.normal()}
+            records.append(record(s, values, cell={"batch": cell}, labels=("trace", "path_norm")))
+    found = analyse(records, draws=400)
+    rows = {row["measure"]: row for row in found["data"][0]["correlations"]}
+    assert rows["trace"]["raw"]["low"] > 0
+    assert rows["trace"]["within"]["high"] < 0
+    cautions = "\n".join(found["cautions"])
+    assert "within cells the correlation has the other sign for Hessian trace (Simpson's paradox)" in cautions
+    assert "correlations that pool cells and are not seen within any: path norm" in cautions
+    # Seeds that are in both cells are drawn together.
+    assert rows["trace"]["units"] == 60
+    axes = {row["measure"]: row for row in found["data"][0]["axes"]}
+    assert axes["trace"]["psi"]["batch"] > 0.9
+    assert axes["trace"]["sign_error"]["worst"] > 0.9  # it should fall with accuracy
+    assert axes["trace"]["information"] < 0.5
+
+
+def test_caveats_of_the_design() -> None:
+    rng = np.random.default_rng(1)
+    effects = {"measure.trace": -0.5, "measure.path_norm": 0.0}
+    records = []
+    for rows in (500, 2000):
+        for batch, lr in ((64, 0.05), (rows, 0.5)):
+            for s in range(12):
+                values = measured(rng, rng.normal(), effects)
+                values["measure.source_trace"] = values["measure.trace"] + 1e-6 * rng.normal()
+                values["repeat.path_norm.1"] = rng.normal()
+                made = record(
+                    s, values, rows=rows, lr=lr, batch=batch, cell={"rows": rows, "batch": batch},
+                    labels=("trace", "path_norm", "source_trace"),
+                )  # fmt: skip
+                made.spec["stop"]["threshold"] = 0.9999 if rows == 500 else 1.0
+                records.append(made)
+    for r in records[:3]:
+        spec = copy.deepcopy(r.spec) | {"seed": 99}
+        records.append(
+            Record("f" * 64, spec, "missed", "the loss was 0.02 at the cap of 500 epochs", {"train.epochs": 500.0})
+        )
+    records.append(record(0, measured(rng, 0.0, effects), data="fashion-mnist", labels=("trace", "path_norm")))
+    found = analyse(records, draws=200, planned=60)
+    cautions = "\n".join(found["cautions"])
+    assert "3 of 52 networks did not reach their stop criterion within the cap: rows 500, batch 64 (3)" in cautions
+    assert "Batch sizes differ in learning rate too at 500 rows of mnist, 2,000 rows of mnist" in cautions
+    assert "With the number of rows change also: stop rule" in cautions
+    assert "mnist and fashion-mnist share seeds" in cautions
+    assert "source_trace and trace (+1.00)" in cautions
+    assert "only 12 independent seeds are resampled" in cautions
+    assert re.search(r"measured again, path norm \(−?-?0\.\d+\) hardly repeat", cautions)
+    assert found["counts"] == {"networks": 60, "finished": 49, "missed": 3, "failed": 0, "not run": 8}
+    assert [cell["missed"] for cell in found["cells"]][0] == 3
+
+
+def test_noise_of_the_test_set_is_named() -> None:
+    rng = np.random.default_rng(2)
+    records = [
+        record(s, {k: v for k, v in measured(rng, 0.0, {"measure.trace": 0.0}).items()}, labels=("trace",)) for s in range(80)
+    ]  # fmt: skip
+    cautions = "\n".join(analyse(records, draws=200)["cautions"])
+    assert "test rows alone can make 0.40: much of what is to be predicted is noise" in cautions
+    assert "the reliability of accuracy within cells, from its two halves, is 0." in cautions
+    assert evaluation_rows(RunTable(tuple(records)), "test.accuracy") == 10_000
+
+
+def test_subsets_have_their_own_interval_and_are_strata() -> None:
+    found = analyse(seeds_study(60, {"measure.pair_proxy": 0.5}, subsets=3), draws=300)
+    (row,) = found["data"][0]["correlations"]
+    assert row["units"] == 60  # the same seeds on every subset
+    assert row["subsets"]["units"] == 3
+    assert row["subsets"]["high"] - row["subsets"]["low"] > row["within"]["high"] - row["within"]["low"]
+    assert any("there are 3 training subsets" in c for c in found["cautions"])
+    units, words = resampling_units(RunTable(tuple(seeds_study(5, {}))))
+    assert (len(set(units)), words) == (5, "networks")
+
+
+def test_measures_that_some_networks_lack_are_analysed_on_those_that_have_them() -> None:
+    records = seeds_study(60, {"measure.trace": -0.5, "measure.pair_proxy": 0.5})
+    for r in records[:30]:
+        del r.values["measure.pair_proxy"]
+    for r in records[40:]:
+        r.values["measure.path_norm"] = 1.0  # constant
+    rows = {row["measure"]: row["n"] for row in analyse(records, draws=200)["data"][0]["correlations"]}
+    assert rows == {"trace": 60, "pair_proxy": 30}
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 11])
+def test_few_networks_make_a_report_too(n: int) -> None:
+    found = analyse(seeds_study(n, WEAK), quick(weakness_rules("s")), draws=200, name="tiny", planned=12)
+    json.dumps(found, allow_nan=False)
+    page = render_study(found)
+    assert "Partial: " in page
+    assert study_markdown(found).startswith("    ")
+
+
+def test_only_failures_make_a_report_too() -> None:
+    failed = [record(s, {}, status="failed", reason="the loss is NaN from epoch 3 on") for s in range(3)]
+    found = analyse(failed, draws=200)
+    assert found["answer"] == "No network has finished."
+    assert "3 of 3 networks failed" in "\n".join(found["cautions"])
+    assert "the loss is NaN from epoch 3 on" in render_study(found)
+
+
+# --- page ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    effects = dict(WEAK) | {"measure.source_trace": -0.5}
+    records = seeds_study(40, effects, subsets=2) + seeds_study(40, effects, data="fashion-mnist", first=40)
+    return analyse(records, quick(weakness_rules("s")), draws=200, command="flatminima study report s.sqlite")
+
+
+def test_tables_keep_the_exact_numbers(results: dict[str, Any]) -> None:
+    tables = study_tables(results)
+    rows = results["data"][0]["correlations"]
+    first = tables["correlations"].rows[0]
+    row = next(r for r in rows if r["label"] == first[0].text)
+    assert first[1].values == (row["raw"]["value"], row["raw"]["low"], row["raw"]["high"])
+    assert [cells[1].text for cells in tables["verdicts"].rows] == [v["outcome"] for v in results["verdicts"]]
+    assert len(tables["parts"].rows) == sum(len(v["parts"]) for v in results["verdicts"])
+    assert len(tables["comparisons"].rows) == sum(len(part["comparisons"]) for part in results["data"])
+    text = study_markdown(results)
+    assert "flatminima study report s.sqlite" in text
+    assert all(v["statement"] in text for v in results["verdicts"])
+
+
+def test_the_page_needs_no_network_and_escapes_text(results: dict[str, Any]) -> None:
+    hostile = copy.deepcopy(results)
+    evil = "<script>alert(1)</script>"
+    hostile["study"] = hostile["command"] = evil
+    hostile["cautions"].append(evil)
+    for row in hostile["data"][0]["correlations"]:
+        row["label"] = evil
+    hostile["data"][0]["networks"][0]["cell"] = {evil: evil}
+    page = render_study(hostile)
+    own = page[: page.index("<footer>")]
+    assert "<script>alert" not in page
+    assert not re.search(r"(?:src|href)=\"(?!#)", own)
+    with pytest.raises(ValueError, match="schema 7"):
+        render_study(results | {"schema": 7})
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
+def test_the_page_draws_everything(
+    browser: Browser, results: dict[str, Any], tmp_path: Any, width: int, scheme: Literal["light", "dark"]
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(render_study(results), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(path.as_uri())
+    plots = page.locator(".plot").count()
+    page.wait_for_function(f"document.querySelectorAll('.plot .main-svg').length >= {plots}")
+    assert plots == 2 + sum(len(part["correlations"]) for part in results["data"])
+    assert page.locator(".plot:has(.main-svg)").count() == plots
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert complaints == []
+    page.close()
