@@ -20,7 +20,10 @@ from rich.progress import Progress as Bar
 
 from flatminima.names import unknown
 from flatminima.protocols.study_files import SHIPPED, shipped
+from flatminima.report.study_page import render_study
 from flatminima.report.study_status import status_tables
+from flatminima.study.analysis import analyse
+from flatminima.study.bootstrap import DRAWS
 from flatminima.study.database import StudyDatabase, StudyError
 from flatminima.study.export import check_suffix, run_table, write_artefacts, write_file, write_table
 from flatminima.study.grid import Grid
@@ -121,6 +124,55 @@ def status(
         _out.print(json.dumps(found, indent=1), highlight=False, markup=False, soft_wrap=True)
     else:
         _out.print(status_tables(found))
+
+
+@app.command()
+def report(
+    paths: _Databases,
+    out: Annotated[Path | None, typer.Option(help="The page (default: beside the first database, as .html).")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write all figures there.")] = None,
+    outcome: Annotated[str, typer.Option(help="The value to be predicted; export lists the names.")] = "test.accuracy",
+    draws: Annotated[int, typer.Option(help="Resamples of intervals and permutations.")] = DRAWS,
+    seed: Annotated[int, typer.Option(help="Of these.")] = 0,
+) -> None:
+    """Correlations with intervals, verdicts on the rules, caveats: from what the databases hold now, finished or not."""
+    if draws < 100:
+        raise StudyError(f"--draws must be at least 100, got {draws}")
+    with _opened(paths) as databases:
+        records = [record for database in databases for record in database.records()]
+        planned = sum(sum(database.counts().values()) for database in databases)
+        name = ", ".join(str(database.meta("study")) for database in databases)
+        rules = _written(databases)
+    known = {name for record in records for name in record.values}
+    if not records:
+        raise StudyError(
+            f"{name} has no record yet: expected some finished networks; flatminima study status shows them"
+        )
+    if outcome not in known:
+        raise StudyError(unknown("outcome", outcome, sorted(known)))
+    found = analyse(
+        records, rules, name=name, planned=planned, outcome=outcome, draws=draws, seed=seed, command=_command()
+    )
+    page = out or paths[0].with_suffix(".html")
+    write_file(page, render_study(found).encode())
+    if json_path is not None:
+        write_file(json_path, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
+    _out.print(found["answer"], highlight=False, markup=False)
+    for verdict in found["verdicts"]:
+        _out.print(f"{verdict['name']} {verdict['outcome']}: {verdict['reason']}", highlight=False, markup=False)
+    for caution in found["cautions"]:
+        _out.print(f"careful: {caution}", highlight=False, markup=False)
+    for path in (page, *([json_path] if json_path else [])):
+        _show(path)
+
+
+def _written(databases: list[StudyDatabase]) -> Preregistration | None:
+    """The rules that were written before the results; studies that are judged together have the same."""
+    found = [database.meta("rules") for database in databases]
+    read = [None if rules is None else Preregistration.from_json(json.dumps(rules)) for rules in found]
+    if len({None if rules is None else rules.digest for rules in read}) > 1:
+        raise StudyError("the studies were begun with different rules of decision: report them one by one")
+    return read[0]
 
 
 @app.command()
