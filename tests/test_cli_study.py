@@ -13,6 +13,7 @@ from flatminima.protocols.study_files import SHIPPED
 from flatminima.study.database import StudyDatabase, StudyError
 from flatminima.study.export import run_table, write_table
 from flatminima.study.grid import Grid
+from flatminima.study.status import cautions
 from study_fixture import GRID, TEXT, begin
 from study_networks import record_of
 
@@ -144,6 +145,18 @@ def test_artefacts_and_the_study_file_are_written(run: Run, study: Path, tmp_pat
     assert (tmp_path / "a" / f"{spec.id}.weights.safetensors").read_bytes() == record_of(spec).artefacts[
         "weights.safetensors"
     ]
+
+
+def test_the_history_of_a_file_is_a_caution(run: Run, study: Path) -> None:
+    more = Grid.parse(TEXT.replace("count = 12", "count = 13"))
+    with StudyDatabase(study) as database:
+        assert cautions(database) == []
+        database.add_version({"packages": {"torch": "9"}})
+        database.save(record_of(GRID.runs()[-1]))
+        database.extend(more.runs(), {"extended": [{"added": 2, "recorded": 24}]})
+    out = run("study", "report", study, "--draws", 100).out
+    assert "careful: tiny: 2 networks were added when 24 had a record" in out
+    assert "careful: tiny: the networks were made with 2 versions of code, packages or data" in out
 
 
 def test_what_cannot_be_exported_or_reported_is_refused(run: Run, study: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from flatminima.study.export import check_suffix, run_table, write_artefacts, wr
 from flatminima.study.grid import Grid
 from flatminima.study.preregister import Preregistration, weakness_rules
 from flatminima.study.run_study import Progress, run_study
-from flatminima.study.status import study_status
+from flatminima.study.status import cautions, study_status
 
 app = typer.Typer(
     no_args_is_help=True, help="Grids of trainings: which numbers predict generalisation, and which do not."
@@ -143,6 +143,7 @@ def report(
         planned = sum(sum(database.counts().values()) for database in databases)
         name = ", ".join(str(database.meta("study")) for database in databases)
         rules = _written(databases)
+        history = [said for database in databases for said in cautions(database)]
     known = {name for record in records for name in record.values}
     if not records:
         raise StudyError(
@@ -153,6 +154,7 @@ def report(
     found = analyse(
         records, rules, name=name, planned=planned, outcome=outcome, draws=draws, seed=seed, command=_command()
     )
+    found["cautions"] += history
     page = out or paths[0].with_suffix(".html")
     write_file(page, render_study(found).encode())
     if json_path is not None:

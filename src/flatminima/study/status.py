@@ -45,3 +45,22 @@ def study_status(database: StudyDatabase) -> dict[str, Any]:
         "extended": database.meta("extended") or [],
         "rules": None if rules is None else rules.get("digest"),
     }
+
+
+def cautions(database: StudyDatabase) -> list[str]:
+    """What the history of a study's file says against its results; nothing for one made in one go."""
+    found = study_status(database)
+    said = [
+        f"{found['study']}: {step['added']} networks were added when {step['recorded']} had a record. If those had been looked "
+        "at, this is optional stopping, and intervals and p-values are too good."
+        for step in found["extended"]
+        if step["recorded"]
+    ]
+    used = [version for version in found["versions"] if version["runs"]]
+    if len(used) > 1:
+        changes = "; ".join(change for version in used[1:] for change in version["changes"])
+        said.append(
+            f"{found['study']}: the networks were made with {len(used)} versions of code, packages or data ({changes}); "
+            "the column version of the export tells them apart."
+        )
+    return said
