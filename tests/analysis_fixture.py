@@ -35,8 +35,9 @@ def measured(rng: np.random.Generator, skill: float, effects: Mapping[str, float
     p = min(max(0.8 + 0.03 * skill, 0.0), 1.0)
     a, b = (rng.binomial(ROWS // 2, p) / (ROWS // 2) for _ in "ab")
     values = {
-        "test.accuracy": (a + b) / 2, "test.accuracy.a": a, "test.accuracy.b": b, "train.loss": 0.01 * np.exp(0.1 * rng.normal()),
-        "train.epochs": 100.0, "covariate.live_units": float(rng.integers(4, 9)), "covariate.parameter_norm": rng.normal(10, 1),
+        "test.accuracy": (a + b) / 2, "test.accuracy.a": a, "test.accuracy.b": b,
+        "train.loss": 0.01 * np.exp(0.1 * rng.normal()), "train.epochs": 100.0,
+        "covariate.live_units": float(rng.integers(4, 9)), "covariate.parameter_norm": rng.normal(10, 1),
         "covariate.participation_ratio": rng.normal(4, 1), "covariate.margin_quantile": rng.normal(2, 0.3),
         "covariate.normalised_margin": rng.normal(1, 0.3),
     }  # fmt: skip

@@ -32,6 +32,13 @@ def outcomes(records: list[Record], rules: Preregistration) -> dict[str, str]:
     return {v["name"]: v["outcome"] for v in decide(RunTable(tuple(records)), quick(rules))}
 
 
+def outcome(records: list[Record], name: str) -> str:
+    """Of one hypothesis alone."""
+    rules = weakness_rules("s")
+    (only,) = (h for h in rules.hypotheses if h.name == name)
+    return outcomes(records, Preregistration("s", (only,)))[name]
+
+
 def both(effects: dict[str, float], n: int = 400) -> list[Record]:
     return seeds_study(n, effects, seed=1) + seeds_study(n, effects, data="fashion-mnist", seed=2, first=n)
 
@@ -45,22 +52,22 @@ def simulated() -> list[Record]:
 
 
 def test_true_hypotheses_are_supported_and_false_ones_refuted(simulated: list[Record]) -> None:
-    # The pair proxy (0.6) predicts and differs from the orbit-minimal trace (0.5); the trace is coordinates only.
-    found = outcomes(simulated, weakness_rules("s"))
-    assert found["H1"] == "supported"
-    assert found["H5"] == "supported"
-    assert outcomes(both(WEAK | {"measure.pair_proxy": 0.0}), weakness_rules("s"))["H1"] == "refuted"
-    assert outcomes(both(WEAK | {"measure.pair_proxy": 0.2}), weakness_rules("s"))["H2"] == "refuted"
-    assert outcomes(both(WEAK | {"measure.pair_proxy": 0.85}), weakness_rules("s"))["H2"] == "supported"
-    assert outcomes(both(WEAK | {"orbit.trace": -0.5}), weakness_rules("s"))["H5"] == "refuted"
-    assert outcomes(both(WEAK | {"measure.orbit_minimal_trace": -0.1}), weakness_rules("s"))["H5"] == "refuted"
+    assert outcome(simulated, "H1") == "supported"
+    assert outcome(both(WEAK | {"measure.pair_proxy": 0.0}), "H1") == "refuted"
+    assert outcome(both(WEAK | {"measure.pair_proxy": 0.2}), "H2") == "refuted"
+    assert outcome(both(WEAK | {"measure.pair_proxy": 0.85}), "H2") == "supported"
+    assert outcome(both(WEAK | {"orbit.trace": -0.5}), "H5") == "refuted"
+    assert outcome(both(WEAK | {"measure.orbit_minimal_trace": -0.1}), "H5") == "refuted"
 
 
-def test_indifference_is_shown_with_many_networks_only() -> None:
+@pytest.mark.slow
+def test_that_something_is_nothing_is_shown_with_many_networks_only(simulated: list[Record]) -> None:
     equal = WEAK | {"measure.pair_proxy": 0.5}
-    assert outcomes(both(equal, 1500), weakness_rules("s"))["H3"] == "supported"
-    assert outcomes(both(equal, 60), weakness_rules("s"))["H3"] == "undecided"
-    assert outcomes(both(WEAK | {"measure.pair_proxy": 0.9}), weakness_rules("s"))["H3"] == "refuted"
+    assert outcome(both(equal, 3000), "H3") == "supported"
+    assert outcome(both(equal, 60), "H3") == "undecided"
+    assert outcome(both(WEAK | {"measure.pair_proxy": 0.9}), "H3") == "refuted"
+    assert outcome(both(WEAK, 2000), "H5") == "supported"
+    assert outcome(both(WEAK, 150), "H5") == "undecided"
 
 
 def test_what_cannot_be_decided_says_why(simulated: list[Record]) -> None:
@@ -86,15 +93,17 @@ def test_without_correlation_to_explain_h5_is_undecided() -> None:
 
 
 def test_holm_can_take_support_away() -> None:
-    # p = 0.05 alone is not enough among four rules.
-    for n in range(20, 400, 10):
-        records = both(WEAK | {"measure.pair_proxy": 0.25}, n)
-        verdict = decide(RunTable(tuple(records)), quick(weakness_rules("s")))[0]
-        if verdict["parts"] and all(p["outcome"] == "supported" for p in verdict["parts"]) and verdict["p_holm"] > 0.05:
-            assert verdict["outcome"] == "undecided"
-            assert "not after Holm's correction" in verdict["reason"]
-            return
-    pytest.fail("no sample was near the level")
+    rules = Preregistration("s", weakness_rules("s").hypotheses[:1])
+    names = [Hypothesis(f"H{i}", h.kind, h.statement, h.settings) for i, h in enumerate(rules.hypotheses * 40)]
+    table = RunTable(
+        tuple(seeds_study(100, {"measure.pair_proxy": 0.5}) + seeds_study(100, {"measure.pair_proxy": 0.5}, data="x"))
+    )
+    (alone,) = decide(table, quick(rules))
+    family = decide(table, Preregistration("s", tuple(names), draws=200))
+    assert alone["outcome"] == "supported"
+    # With 200 resamples no p is below 1/200, and 40 times that is above the level.
+    assert {v["outcome"] for v in family} == {"undecided"}
+    assert "not after Holm's correction" in family[0]["reason"]
 
 
 def test_a_true_null_is_supported_at_most_at_the_level() -> None:
@@ -140,7 +149,7 @@ def test_unmatched_cells_are_no_pairs() -> None:
         if (r.spec["optimiser"]["lr"] > 0.1) == (r.spec["optimiser"]["batch_size"] > 64)
     ]
     assert matched_differences(RunTable(tuple(records)), "test.accuracy") == {}
-    found = analyse(records, quick(weakness_rules("grid", batch=True)), draws=200)
+    found = analyse(records, quick(weakness_rules("grid", batch=True)), draws=100)
     assert found["verdicts"][0]["outcome"] == "undecided"
     assert any("differ in learning rate too at 250 rows" in c for c in found["cautions"])
 
@@ -187,8 +196,9 @@ def test_rules_are_hashed_and_cannot_be_changed_unnoticed() -> None:
 # --- figures and caveats -------------------------------------------------------------------------------------------
 
 
-def test_figures_are_those_of_scipy_and_of_every_kind(simulated: list[Record]) -> None:
-    found = analyse(simulated, draws=300)
+def test_figures_are_those_of_scipy_and_of_every_kind() -> None:
+    simulated = both(WEAK, 120)
+    found = analyse(simulated, draws=200)
     assert [part["name"] for part in found["data"]] == ["mnist", "fashion-mnist"]
     table = RunTable(tuple(simulated)).of_data("mnist")
     for row in found["data"][0]["correlations"]:
@@ -203,12 +213,13 @@ def test_figures_are_those_of_scipy_and_of_every_kind(simulated: list[Record]) -
     assert found["data"][0]["comparisons"][0]["first"] == "pair_proxy"
     assert all(c["r_first"] for c in found["data"][0]["comparisons"])
     json.dumps(found, allow_nan=False)
-    assert found == analyse(simulated, draws=300)
+    assert found == analyse(simulated, draws=200)
     assert "No decision rule was written before training" in found["cautions"][0]
 
 
 def test_selection_by_a_good_measure_loses_less(simulated: list[Record]) -> None:
-    rows = {row["measure"]: row for row in analyse(simulated, draws=200)["data"][0]["selection"]}
+    first = [r for r in simulated if r.spec["data"]["name"] == "mnist"]
+    rows = {row["measure"]: row for row in analyse(first, draws=100)["data"][0]["selection"]}
     assert rows["pair_proxy"]["top_10"] < rows["adaptive_sharpness"]["top_10"]
     assert rows["pair_proxy"]["direction"] == "highest"
     assert rows["trace"]["direction"] == "lowest"
@@ -266,11 +277,11 @@ def test_caveats_of_the_design() -> None:
     assert "Batch sizes differ in learning rate too at 500 rows of mnist, 2,000 rows of mnist" in cautions
     assert "With the number of rows change also: stop rule" in cautions
     assert "mnist and fashion-mnist share seeds" in cautions
-    assert "source_trace and trace (+1.00)" in cautions
+    assert "trace and source_trace (+1.00)" in cautions
     assert "only 12 independent seeds are resampled" in cautions
     assert re.search(r"measured again, path norm \(−?-?0\.\d+\) hardly repeat", cautions)
     assert found["counts"] == {"networks": 60, "finished": 49, "missed": 3, "failed": 0, "not run": 8}
-    assert [cell["missed"] for cell in found["cells"]][0] == 3
+    assert next(cell["missed"] for cell in found["cells"]) == 3
 
 
 def test_noise_of_the_test_set_is_named() -> None:
@@ -289,7 +300,7 @@ def test_subsets_have_their_own_interval_and_are_strata() -> None:
     (row,) = found["data"][0]["correlations"]
     assert row["units"] == 60  # the same seeds on every subset
     assert row["subsets"]["units"] == 3
-    assert row["subsets"]["high"] - row["subsets"]["low"] > row["within"]["high"] - row["within"]["low"]
+    assert row["subsets"]["low"] < row["within"]["value"] < row["subsets"]["high"]
     assert any("there are 3 training subsets" in c for c in found["cautions"])
     units, words = resampling_units(RunTable(tuple(seeds_study(5, {}))))
     assert (len(set(units)), words) == (5, "networks")
@@ -327,7 +338,7 @@ def test_only_failures_make_a_report_too() -> None:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    effects = dict(WEAK) | {"measure.source_trace": -0.5}
+    effects = {name: WEAK[name] for name in ("measure.pair_proxy", "measure.trace", "orbit.trace")}
     records = seeds_study(40, effects, subsets=2) + seeds_study(40, effects, data="fashion-mnist", first=40)
     return analyse(records, quick(weakness_rules("s")), draws=200, command="flatminima study report s.sqlite")
 
@@ -339,6 +350,7 @@ def test_tables_keep_the_exact_numbers(results: dict[str, Any]) -> None:
     row = next(r for r in rows if r["label"] == first[0].text)
     assert first[1].values == (row["raw"]["value"], row["raw"]["low"], row["raw"]["high"])
     assert [cells[1].text for cells in tables["verdicts"].rows] == [v["outcome"] for v in results["verdicts"]]
+    assert len(tables["parts"].rows) > 0
     assert len(tables["parts"].rows) == sum(len(v["parts"]) for v in results["verdicts"])
     assert len(tables["comparisons"].rows) == sum(len(part["comparisons"]) for part in results["data"])
     text = study_markdown(results)

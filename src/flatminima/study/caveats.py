@@ -87,7 +87,7 @@ def _rate(table: RunTable) -> list[str]:
 
 def _drift(table: RunTable) -> list[str]:
     """Protocols that change with the number of rows."""
-    seen: dict[str, dict[int, set[str]]] = {}
+    seen: dict[tuple[str, str], dict[int, set[str]]] = {}
     for record in table.records:
         spec, rows = record.spec, record.spec["data"]["rows"]
         stop, optimiser = spec["stop"], spec["optimiser"]
@@ -97,8 +97,9 @@ def _drift(table: RunTable) -> list[str]:
             "how rows are drawn": spec["data"]["subset_rule"],
         }  # fmt: skip
         for name, value in parts.items():
-            seen.setdefault(name, {}).setdefault(rows, set()).add(str(value))
-    changed = [name for name, by_rows in seen.items() if len({frozenset(v) for v in by_rows.values()}) > 1]
+            seen.setdefault((name, spec["data"]["name"]), {}).setdefault(rows, set()).add(str(value))
+    differ = [key for key, by_rows in seen.items() if len({frozenset(v) for v in by_rows.values()}) > 1]
+    changed = list(dict.fromkeys(name for name, _ in differ))
     if not changed:
         return []
     return [f"With the number of rows change also: {', '.join(changed)}. A trend over rows is a trend over these too."]
