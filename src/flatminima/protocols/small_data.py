@@ -7,25 +7,17 @@ batches came from a GPU's generator, so accuracies are reproduced closely, not t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from flatminima.data import sources
-from flatminima.data.splits import DataError, IntArray
 from flatminima.models import build
-from flatminima.names import unknown
+from flatminima.study.course import Training
+from flatminima.study.ensemble import train_alone
+from flatminima.study.run_spec import DataSpec, OptimiserSpec, StopSpec
+from flatminima.study.subsets import load_subset
 
-_SOURCES: Mapping[str, Callable[[], sources.Source]] = MappingProxyType(
-    {"mnist": sources.mnist, "fashion-mnist": sources.fashion_mnist, "digits": sources.digits}
-)
-SUBSET_SEED = 42  # of the permutation whose first n rows are the training set
-PROBE_SEED = 99
 _CHECK_EVERY = 10  # epochs between looks at the training accuracy
 
 
@@ -64,33 +56,8 @@ def small_data(name: str, rows: int = 250, probes: int = 100) -> SmallData:
         >>> data.x.shape, len(data.probes), data.classes
         (torch.Size([250, 64]), 20, 10)
     """
-    if name not in _SOURCES:
-        raise DataError(unknown("data set", name, _SOURCES))
-    source = _SOURCES[name]()
-    total = len(source.train.labels)
-    if not 0 < rows < total:
-        raise DataError(f"rows is {rows}: expected 1 to {total - 1} of {name}")
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(SUBSET_SEED))[:rows].numpy()
-    rest = np.setdiff1d(np.arange(total), chosen)  # in the order of the file
-    tests = 0 if source.test is None else len(source.test.labels)
-    if not 0 < probes <= len(rest) + tests:
-        raise DataError(f"probes is {probes}: expected 1 to {len(rest) + tests} of {name}")
-    drawn = torch.randperm(len(rest) + tests, generator=torch.Generator().manual_seed(PROBE_SEED))[:probes].numpy()
-    x, y, shape = _rows(source, chosen, np.empty(0, dtype=np.int64))
-    inside = drawn < len(rest)
-    px, py, _ = _rows(source, rest[drawn[inside]], drawn[~inside] - len(rest))
-    order = torch.from_numpy(np.argsort(np.concatenate([np.flatnonzero(inside), np.flatnonzero(~inside)])))
-    return SmallData(x, y, px[order], py[order], shape, len(source.classes))
-
-
-def _rows(source: sources.Source, train: IntArray, test: IntArray) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    pixels, labels = source.train.pixels(train), source.train.labels[train]
-    if len(test) and source.test is not None:
-        pixels = np.concatenate([pixels, source.test.pixels(test)])
-        labels = np.concatenate([labels, source.test.labels[test]])
-    depth = 16.0 if source.name == "digits" else 255.0
-    x = torch.from_numpy(pixels).to(torch.float32).flatten(1) / depth
-    return x, torch.from_numpy(labels), tuple(pixels.shape[1:])
+    data = load_subset(DataSpec(name, rows, probes=probes))
+    return SmallData(data.x, data.y, data.probes, data.probe_labels, data.shape, data.classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,16 +97,8 @@ def train_small(
         1.0
     """
     model = build("mlp", data.x.shape[1:], data.classes, seed=seed, hidden=tuple(hidden))
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    order = torch.Generator().manual_seed(seed)
-    accuracy, epoch = 0.0, 0
-    while epoch < most_epochs and accuracy < 1.0:
-        epoch += 1
-        for batch in torch.randperm(len(data.x), generator=order).split(batch_size):
-            optimizer.zero_grad()
-            F.cross_entropy(model(data.x[batch]), data.y[batch]).backward()
-            optimizer.step()
-        if epoch % _CHECK_EVERY == 0 or epoch == most_epochs:
-            with torch.no_grad():
-                accuracy = float((model(data.x).argmax(1) == data.y).double().mean())
-    return Trained(model, epoch, accuracy)
+    optimiser = OptimiserSpec(lr=lr, batch_size=batch_size)
+    stop = StopSpec("accuracy", 1.0, check_every=_CHECK_EVERY, max_epochs=most_epochs)
+    found = train_alone(Training(model, data.x, data.y, optimiser, stop, seed)).stopped
+    model.load_state_dict(found.weights)
+    return Trained(model, found.epochs, found.accuracy)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,16 @@ _FOLDER = resources.files("flatminima.protocols") / "studies"
 SHIPPED = tuple(sorted(entry.name.removesuffix(".toml") for entry in _FOLDER.iterdir() if entry.name.endswith(".toml")))
 
 
-def shipped(name: str, **numbers: int | str) -> Grid:
-    """A shipped study, with some of its entries replaced.
+def shipped(name: str, *, rows: Collection[int] | None = None, count: int | None = None) -> Grid:
+    """A shipped study, or a part of it: the same networks, only fewer.
 
     Args:
         name: one of :data:`SHIPPED`.
-        numbers: field -> what its first line ``field = ...`` says instead; a smaller ``count`` is a smaller study.
+        rows: only cells with so many training rows.
+        count: the first so many seeds of every cell; all by default.
 
     Raises:
-        ValueError: an unknown name, or a field that the file does not set.
+        ValueError: an unknown name, or a part without any network.
 
     Example:
         >>> len(shipped("pair-proxy-mnist").runs()), len(shipped("pair-proxy-mnist", count=3).runs())
@@ -43,12 +43,12 @@ def shipped(name: str, **numbers: int | str) -> Grid:
     """
     if name not in SHIPPED:
         raise ValueError(unknown("shipped study", name, SHIPPED))
-    text = (_FOLDER / f"{name}.toml").read_text(encoding="utf-8")
-    for number, value in numbers.items():
-        text, found = re.subn(rf"(?m)^({number} = )[^#\n]*", lambda match, v=value: f"{match[1]}{v}", text, count=1)  # type: ignore[misc]
-        if not found:
-            raise ValueError(f"study {name} does not set {number}: expected a field that it does")
-    return Grid.parse(text, f"{name}.toml")
+    whole = Grid.parse((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml")
+    cells = [cell for cell in whole.cells if rows is None or cell.data.rows in rows]
+    if not cells or (count is not None and count < 1):
+        raise ValueError(f"nothing is left of study {name} with rows {rows} and count {count}")
+    few = [replace(c, seeds=replace(c.seeds, count=min(count or c.seeds.count, c.seeds.count))) for c in cells]
+    return replace(whole, cells=tuple(few))
 
 
 @dataclass(frozen=True)

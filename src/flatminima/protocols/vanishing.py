@@ -29,8 +29,7 @@ from flatminima.study.verdicts import decide
 #: Of the abstract: accuracy with large minus accuracy with small batches, in percentage points, by training rows.
 PUBLISHED: Mapping[int, float] = {2000: 1.6, 60_000: 0.02}
 GRID = "batch-rate-rows"
-ROWS = (500, 2000, 6000, 12_000, 24_000, 60_000)
-_QUICK = {"rows": "[500, 2000]", "count": 5}  # of the preset
+_QUICK_ROWS, _QUICK_SEEDS = (500, 2000), 5  # of the preset
 _SOURCE = {"small": "small", "large": "large"}  # the learning rate that the source gives each batch size
 _MARGIN = {"few": 0.3, "many": 0.1}  # percentage points that do not matter, below 6,000 rows and from there
 
@@ -41,7 +40,7 @@ def vanishing_parts(*, full: bool = False) -> list[Part]:
     The full study of the source's protocol goes up to 60,000 rows, which takes days; stop it where you like.
     """
     if not full:
-        return [Part(shipped("vanishing", **_QUICK))]  # type: ignore[arg-type]
+        return [Part(shipped("vanishing", rows=_QUICK_ROWS, count=_QUICK_SEEDS))]
     rules = weakness_rules(GRID, batch=True, written=datetime.now(timezone.utc).isoformat(timespec="seconds"))
     return [Part(shipped(GRID), rules), Part(shipped("vanishing"))]
 
@@ -170,6 +169,8 @@ def trace_correlations(table: RunTable) -> list[dict[str, Any]]:
             continue
         y, regimes = part.column(OUTCOME), [cell["batch"] for cell in part.spec("cell")]
         for name in ("measure.source_trace", "measure.trace", "measure.orbit_minimal_trace", *_PATTERNS):
+            if name not in part.names:
+                continue
             x = part.column(name)
             if not np.isfinite(x).all() or np.ptp(x) == 0:
                 continue

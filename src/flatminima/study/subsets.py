@@ -106,7 +106,7 @@ def load_subset(spec: DataSpec) -> Subset:
         (torch.Size([250, 64]), 20, 1547, 1547)
     """
     if spec.name not in _SOURCES:
-        raise DataError(unknown("data set of studies", spec.name, _SOURCES))
+        raise DataError(unknown("data set", spec.name, _SOURCES))
     pool = _pool(spec.name)
     if not 0 < spec.rows <= pool.train or spec.rows == len(pool.labels):
         most = pool.train - (pool.train == len(pool.labels))
