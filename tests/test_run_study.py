@@ -345,6 +345,12 @@ def test_another_version_of_code_packages_or_data_is_refused_and_shown(folder: P
         assert len(database.versions()) == 2
         assert sorted(set(database.run_versions().values())) == [1, 2]
         assert list(database.run_versions().values()).count(1) == 1
+        # Where nothing is left to do, nothing can differ.
+        database.add_version(other)
+        versions = database.versions()
+    run_study(GRID, path, run_batch=run_batch)
+    with StudyDatabase(path) as database:
+        assert database.versions() == versions
 
 
 @pytest.mark.usefixtures("serial")

@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,26 @@ def test_an_error_of_a_job_is_passed_on_and_ends_the_rest(tmp_path: Path) -> Non
     assert begun < 20
     time.sleep(0.5)
     assert len(list(tmp_path.iterdir())) == begun
+
+
+def digits(number: int, report: Callable[[float], None]) -> Iterator[bytes]:
+    for digit in str(number):
+        yield digit.encode() * 500_000  # more than a pipe takes at once
+        time.sleep(0.3)
+
+
+def test_what_a_generator_yields_comes_before_its_end_and_all_of_it_is_the_result() -> None:
+    told: list[tuple[str, int, Any]] = []
+    run_jobs(
+        digits, [123, 45], workers=2, part=lambda index, item: told.append(("part", index, item[:1])),
+        done=lambda index, result: told.append(("done", index, [item[:1] for item in result])),
+    )  # fmt: skip
+    for index, number in enumerate((b"123", b"45")):
+        mine = [(kind, found) for kind, at, found in told if at == index]
+        parts = [found for kind, found in mine if kind == "part"]
+        assert ("done", [bytes([digit]) for digit in number]) in mine
+        assert parts == [bytes([digit]) for digit in number][: len(parts)]
+        assert mine[0][0] == "part"
 
 
 def test_no_worker_is_refused_and_no_job_is_no_work(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 LEASE = 120.0  # seconds without a renewal after which a claim is void
 
@@ -21,11 +22,18 @@ class Claims:
 
     Args:
         connection: to the database.
+        rows: answers a query.
         transaction: makes what is done within it one transaction.
     """
 
-    def __init__(self, connection: sqlite3.Connection, transaction: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        rows: Callable[..., list[Any]],
+        transaction: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         self._connection = connection
+        self._rows = rows
         self._transaction = transaction
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
 
@@ -40,14 +48,12 @@ class Claims:
     def free(self, runs: Sequence[str]) -> list[str]:
         """The same, and nothing is claimed."""
         now = time.time()
-        found = []
-        for run in runs:
-            row = self._connection.execute("SELECT status, owner, lease FROM runs WHERE id = ?", (run,)).fetchone()
-            if row is None or row[0] is not None:
-                continue
-            if row[1] is None or row[1] == self.owner or not _alive(row[1], row[2], now):
-                found.append(run)
-        return found
+        query = "SELECT id, owner, lease FROM runs WHERE status IS NULL"
+        claimed = {
+            run: owner is not None and owner != self.owner and _alive(owner, lease, now)
+            for run, owner, lease in self._rows(query)
+        }
+        return [run for run in runs if not claimed.get(run, True)]
 
     def renew(self, owner: str | None = None) -> None:
         """Hold the claims for another ``LEASE`` seconds; ``owner`` from a thread with a connection of its own."""
@@ -64,7 +70,7 @@ class Claims:
         """Process that works on the study -> the number of runs it has claimed."""
         query = "SELECT owner, max(lease), count(*) FROM runs WHERE owner IS NOT NULL GROUP BY owner"
         now = time.time()
-        return {owner: count for owner, lease, count in self._connection.execute(query) if _alive(owner, lease, now)}
+        return {owner: count for owner, lease, count in self._rows(query) if _alive(owner, lease, now)}
 
 
 def _alive(owner: str, lease: float, now: float) -> bool:

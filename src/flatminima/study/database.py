@@ -87,7 +87,7 @@ class StudyDatabase:
         except BaseException:
             self._connection.close()
             raise
-        self.claims = Claims(self._connection, self._transaction)
+        self.claims = Claims(self._connection, self._rows, self._transaction)
 
     def __enter__(self) -> StudyDatabase:
         return self

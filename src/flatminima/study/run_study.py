@@ -276,10 +276,11 @@ def _first_difference(there: Sequence[RunSpec], now: Sequence[RunSpec]) -> str:
 
 
 def _check_version(database: StudyDatabase, version: Mapping[str, Any], other_version: bool) -> None:
+    counts = database.counts()
+    recorded = sum(counts.values()) - counts["waiting"]
     found = differences(database.versions()[-1], version)
-    if not found:
+    if not found or not counts["waiting"]:
         return
-    recorded = sum(database.counts().values()) - database.counts()["waiting"]
     if recorded and not other_version:
         raise StudyError(
             f"{database.path} has {recorded} runs made with another version ({'; '.join(found)}): the rest would not be "
