@@ -113,7 +113,10 @@ def test_a_true_null_is_supported_at_most_at_the_level() -> None:
         records = seeds_study(60, effects, seed=trial)
         given = {"measure": "pair_proxy", "given": ["train.loss"], "margin": 0.1, "data_sets": 1}
         rules = Preregistration("s", (Hypothesis("H1", "predicts", "", given),), draws=300)
-        supported += decide(RunTable(tuple(records)), rules)[0]["outcome"] == "supported"
+        (verdict,) = decide(RunTable(tuple(records)), rules)
+        (part,) = verdict["parts"]
+        assert (part["outcome"] == "supported") == (part["low"] > 0)
+        supported += verdict["outcome"] == "supported"
     assert supported / 200 <= 0.05 + 0.02  # two-sided at 5 %: supported at 2.5 %
 
 
