@@ -99,6 +99,8 @@ def recorded(path: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("serial")  # of the process that goes on; the killed one has workers
 def test_killed_at_twenty_random_moments_a_study_ends_as_if_it_had_not_been(folder: Path, whole: object) -> None:
     (folder / "slow").touch()
     generator = random.Random(0)
@@ -106,7 +108,7 @@ def test_killed_at_twenty_random_moments_a_study_ends_as_if_it_had_not_been(fold
     for number in range(20):
         path = folder / f"s{number}.sqlite"
         found.append(kill_at(path, generator.uniform(0.0, 0.9)))
-        counts = run_study(GRID, path, workers=2, batch=4, run_batch=run_batch)
+        counts = run_study(GRID, path, batch=4, run_batch=run_batch)
         assert counts["waiting"] == 0
         assert contents(path) == whole
     assert len({n for n in found if 0 < n < 24}) >= 3, f"the moments were not spread: {found}"
