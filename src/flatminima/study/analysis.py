@@ -52,7 +52,7 @@ def analyse(
         ``data`` (of each data set: ``correlations``, ``comparisons``, ``selection``, ``axes``, ``networks``), ``slopes``,
         ``verdicts``, ``rules``, and in words ``answer``, ``details`` and ``cautions``.
 
-    Cost: seconds for a hundred networks, about a minute for a thousand with twenty measures.
+    Cost: proportional to networks, measures and draws; 7 CPU seconds for 426 networks with 18 measures and 10,000 resamples.
 
     Source: weakness specification, sections 4, 5.2 and 5.3.
     """

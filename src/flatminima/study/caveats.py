@@ -278,8 +278,9 @@ def _rho(association: Association, x: Any, y: Any) -> float:
     there = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
     if len(there) < 3:
         return math.nan
-    cells = [association.table.cells[i] for i in there] if len(set(association.table.cells)) > 1 else None
-    table = RankTable([x[there], y[there]], cells)
+    cells = association.table.cells
+    inside = [cells[i] for i in there] if len(set(cells)) > 1 else None
+    table = RankTable([x[there], y[there]], inside)
     return float(correlation_of(table.covariances(np.ones((1, len(there)))), 0, 1)[0])
 
 

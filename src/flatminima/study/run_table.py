@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,14 @@ class RunTable:
         """Those that met their stop criterion; only these are compared."""
         return self.where(lambda record: record.status == "finished")
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Full names of all values, in the order in which they first appear."""
         return list(dict.fromkeys(name for record in self.records for name in record.values))
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.names)
 
     def labels(self, prefix: str) -> list[str]:
         """What follows a prefix in the names that have it."""
@@ -56,7 +61,7 @@ class RunTable:
 
     def full_name(self, name: str) -> str | None:
         """The name under which a quantity is recorded: as it is, as a measure or as a covariate; ``None`` if nowhere."""
-        return next((prefix + name for prefix in PREFIXES if prefix + name in set(self.names)), None)
+        return next((prefix + name for prefix in PREFIXES if prefix + name in self._known), None)
 
     def column(self, name: str) -> NDArray[np.float64]:
         """Values of a quantity, NaN where a record has none.
@@ -79,7 +84,7 @@ class RunTable:
             found.append(value)
         return found
 
-    @property
+    @cached_property
     def data_sets(self) -> list[str]:
         """Names of the data sets, in the order in which they first appear."""
         return list(dict.fromkeys(self.spec("data", "name")))
@@ -88,12 +93,12 @@ class RunTable:
         """The records of one data set."""
         return self.where(lambda record: record.spec["data"]["name"] == name)
 
-    @property
+    @cached_property
     def subsets(self) -> list[Hashable]:
         """The training subset of each: records that share it share its luck."""
         return [(data["name"], data.get("rows"), data["subset_seed"]) for data in self.spec("data")]
 
-    @property
+    @cached_property
     def cells(self) -> list[Hashable]:
         """The cell of each: its factors and its training subset, all that is the same for networks that differ in seed."""
         return [
@@ -101,7 +106,7 @@ class RunTable:
             for record, subset in zip(self.records, self.subsets, strict=True)
         ]
 
-    @property
+    @cached_property
     def starts(self) -> list[Hashable]:
         """Data set and seeds of each: records that share them began with the same weights and the same order of rows."""
         return [(r.spec["data"]["name"], r.spec["seed"], r.spec["order_seed"]) for r in self.records]
