@@ -181,7 +181,10 @@ def test_what_did_not_finish_is_in_no_difference():
         Record(r.id, r.spec, "missed", "cap", r.values) if r.spec["cell"]["batch"] == "large" else r
         for r in table.records
     ]
-    assert {entry["outcome"] for entry in matched(RunTable(tuple(rows)))} == {"not run"}
+    found = matched(RunTable(tuple(rows)), [2000, 24_000])
+    assert {entry["outcome"] for entry in found if entry["rows"] in (2000, 6000)} == {"missed"}
+    assert {entry["missed_large"] for entry in found if entry["rows"] == 2000} == {25}
+    assert {entry["outcome"] for entry in found if entry["rows"] == 24_000} == {"not run"}
 
 
 def test_pooled_correlations_of_two_regimes_are_not_those_within():

@@ -22,6 +22,7 @@ from flatminima.protocols.study_files import Found, Part, run_parts, shipped
 from flatminima.protocols.weakness import OUTCOME, labels, network_columns
 from flatminima.study.correlation import spearman
 from flatminima.study.preregister import weakness_rules
+from flatminima.study.run_spec import Record
 from flatminima.study.run_table import RunTable
 from flatminima.study.subsets import load_subset
 from flatminima.study.verdicts import decide
@@ -111,8 +112,9 @@ def matched(table: RunTable, sizes: Collection[int] = ()) -> list[dict[str, Any]
     """Large minus small batches in percentage points, by rows: the source's comparison, and at each learning rate.
 
     Intervals are Welch's, of two independent samples of seeds. The outcome is that of two one-sided tests at 5 % against a
-    margin of 0.3 points below 6,000 rows and of 0.1 from there: equivalent, different, or undecided. ``sizes`` are numbers of
-    rows that have an entry even if nothing was run.
+    margin of 0.3 points below 6,000 rows and of 0.1 from there: equivalent, different, or undecided; missed, where networks of
+    a cell did not meet their stop criterion and too few are left, or not run. ``sizes`` are numbers of rows that have an
+    entry in any case.
     """
     finished, found = table.finished, []
     for rows in sorted({*sizes, *(record.spec["data"]["rows"] for record in table.records)}):
@@ -123,8 +125,13 @@ def matched(table: RunTable, sizes: Collection[int] = ()) -> list[dict[str, Any]
             ("large batches' rate", "large", "large"),
         ):
             small, large = _accuracies(part, "small", small_rate), _accuracies(part, "large", large_rate)
+            missed = [
+                _missed(table, rows, batch, rate) for batch, rate in (("small", small_rate), ("large", large_rate))
+            ]
             entry: dict[str, Any] = {"rows": rows, "kind": kind, "n_small": len(small), "n_large": len(large)}
-            found.append(entry | _welch(100 * large, 100 * small, _MARGIN["few" if rows < 6000 else "many"]))
+            entry |= {"missed_small": missed[0], "missed_large": missed[1]}
+            entry |= _welch(100 * large, 100 * small, _MARGIN["few" if rows < 6000 else "many"])
+            found.append(entry if entry["low"] is not None or not any(missed) else entry | {"outcome": "missed"})
     return found
 
 
@@ -224,6 +231,14 @@ def others_right(right: NDArray[np.bool_]) -> NDArray[np.float64]:
 
 def _own_rate(cell: Mapping[str, Any]) -> bool:
     return bool(_SOURCE[cell["batch"]] == cell["rate"])
+
+
+def _missed(table: RunTable, rows: int, batch: str, rate: str) -> int:
+    def is_one(r: Record) -> bool:
+        cell = r.spec["cell"]
+        return r.status == "missed" and (r.spec["data"]["rows"], cell["batch"], cell["rate"]) == (rows, batch, rate)
+
+    return len(table.where(is_one))
 
 
 def _accuracies(table: RunTable, batch: str, rate: str) -> NDArray[np.float64]:

@@ -75,8 +75,9 @@ def difference_table(differences: Sequence[Results]) -> Table:
 
 def _difference(entry: Results) -> Cell:
     if entry["low"] is None:
-        missing = f"{entry['n_small']} small, {entry['n_large']} large finished"
-        return Cell("—", missing)
+        found, missed = ([entry[f"{kind}_{batch}"] for batch in ("large", "small")] for kind in ("n", "missed"))
+        counts = f"finished {found[0]} and {found[1]}, missed {missed[0]} and {missed[1]}"
+        return Cell("—", counts, verdict=entry["outcome"])
     ends = f"{entry['low']:+.2f} to {entry['high']:+.2f}".replace("-", "−")
     tone = "good" if entry["outcome"] == "equivalent" else "bad" if entry["outcome"] == "different" else ""
     return Cell(

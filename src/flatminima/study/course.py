@@ -89,7 +89,9 @@ class Course:
         """Begin an epoch: its batches of rows."""
         self.epoch += 1
         rows = len(self.training.y)
-        return torch.randperm(rows, generator=self._generator).split(self.training.optimiser.batch_size)
+        order = torch.randperm(rows, generator=self._generator)
+        batches: Sequence[Tensor] = order.split(self.training.optimiser.batch_size)
+        return batches
 
     @property
     def lr(self) -> float:
