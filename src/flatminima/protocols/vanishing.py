@@ -30,13 +30,13 @@ from flatminima.study.verdicts import decide
 #: Of the abstract: accuracy with large minus accuracy with small batches, in percentage points, by training rows.
 PUBLISHED: Mapping[int, float] = {2000: 1.6, 60_000: 0.02}
 GRID = "batch-rate-rows"
-_QUICK_ROWS, _QUICK_SEEDS = (500, 2000), 5  # of the preset
+_QUICK_ROWS, _QUICK_SEEDS = (500, 2000), 3  # of the preset
 _SOURCE = {"small": "small", "large": "large"}  # the learning rate that the source gives each batch size
 _MARGIN = {"few": 0.3, "many": 0.1}  # percentage points that do not matter, below 6,000 rows and from there
 
 
 def vanishing_parts(*, full: bool = False) -> list[Part]:
-    """The studies of the reproduction: a preset of 40 networks, or both in full.
+    """The studies of the reproduction: a preset of 24 networks, or both in full.
 
     The full study of the source's protocol goes up to 60,000 rows, which takes days; stop it where you like.
     """
@@ -72,7 +72,7 @@ def reproduce_vanishing(
     Raises:
         DataError: MNIST is not there; StudyError: as of ``run_study``.
 
-    The preset takes about 8 CPU minutes.
+    The preset takes about 10 CPU minutes.
     """
     parts = vanishing_parts(full=full)
     load_subset(parts[0].grid.cells[0].data)  # refused before anything is made
