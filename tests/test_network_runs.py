@@ -220,3 +220,26 @@ def test_every_study_measure_says_what_it_is():
         assert measure.label
         assert measure.meaning.endswith(".")
         assert wrong_options(MeasureSpec(name, tuple(measure.options.items()))) is None
+
+
+def test_a_network_of_pictures_is_measured_too():
+    """A convolutional network takes rows of another shape."""
+    model = ModelSpec("convnet", (("channels", (3, 3)), ("hidden", 6)))
+    measures = (MeasureSpec("trace", orbit=True), MeasureSpec("unseen_patterns"), MeasureSpec("pair_proxy"))
+    stop = StopSpec("never", None, max_epochs=2)
+    found = run(*(spec(seed, model=model, measures=measures, stop=stop) for seed in (0, 1)))
+    for record in found.values():
+        assert record.status == "finished"
+        assert {"measure.trace", "measure.unseen_patterns", "measure.pair_proxy", "orbit.trace"} <= record.values.keys()
+    assert run(spec(1, model=model, measures=measures, stop=stop))[1].values == found[1].values
+
+
+def test_running_statistics_are_part_of_a_network():
+    model = ModelSpec("convnet-bn", (("channels", (3, 3)), ("hidden", 6)))
+    record = run(spec(0, model=model, measures=(), stop=StopSpec("never", None, max_epochs=3)))[0]
+    network = build("convnet-bn", (1, 8, 8), 10, channels=(3, 3), hidden=6).eval()
+    network.load_state_dict(load(record.artefacts["weights.safetensors"]))
+    data = load_subset(DATA).pictures()
+    with torch.no_grad():
+        right = network(data.x).argmax(1) == data.y
+    assert record.values["train.accuracy"] == pytest.approx(float(right.double().mean()))

@@ -41,7 +41,7 @@ class Snapshot:
     """A network somewhere on its way.
 
     Attributes:
-        weights: parameters by name.
+        weights: parameters and buffers by name.
         epochs, steps: so far; an epoch that was cut short counts.
         loss: mean cross entropy over all training rows.
         accuracy: over all training rows.

@@ -9,6 +9,7 @@ that step is made member by member.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -62,8 +63,11 @@ def train_alone(training: Training, progress: Progress = lambda fraction: None) 
     """
     _check([training])
     course, options = Course(training), training.optimiser
-    model = training.model
+    model = copy.deepcopy(training.model).train()
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    state = weights | {
+        name: b.clone() for name, b in model.named_buffers()
+    }  # a training pass writes to running statistics
     optimiser = torch.optim.SGD(
         list(weights.values()), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
     )
@@ -73,11 +77,12 @@ def train_alone(training: Training, progress: Progress = lambda fraction: None) 
         optimiser.param_groups[0]["lr"] = course.lr
         for number, rows in enumerate(batches, start=1):
             optimiser.zero_grad()
-            nn.functional.cross_entropy(functional_call(model, weights, (x[rows],)), y[rows]).backward()
+            nn.functional.cross_entropy(functional_call(model, state, (x[rows],)), y[rows]).backward()
             optimiser.step()
             if course.stepped(number == len(batches)):
-                kept = {name: p.detach().clone() for name, p in weights.items()}
-                course.look(outputs_alone(model, kept, x), kept)
+                kept = {name: t.detach().clone() for name, t in state.items()}
+                course.look(outputs_alone(model.eval(), kept, x), kept)
+                model.train()
                 if course.over:
                     break
         progress(course.fraction)

@@ -72,15 +72,20 @@ def run_batch(specs: Sequence[RunSpec], report: Callable[[float], None]) -> Iter
 
 
 def _training(spec: RunSpec) -> Training:
-    data = load_subset(spec.data)
+    data = _rows(spec)
     options: dict[str, Any] = spec.model.keywords
-    shape = data.shape if spec.model.name != "mlp" else data.x.shape[1:]
-    model = build(spec.model.name, shape, data.classes, seed=spec.seed, **options)
-    return Training(model, data.x.view(-1, *shape), data.y, spec.optimiser, spec.stop, spec.order_seed)
+    model = build(spec.model.name, data.x.shape[1:], data.classes, seed=spec.seed, **options)
+    return Training(model, data.x, data.y, spec.optimiser, spec.stop, spec.order_seed)
+
+
+def _rows(spec: RunSpec) -> Subset:
+    """The rows as the network takes them."""
+    data = load_subset(spec.data)
+    return data if spec.model.name == "mlp" else data.pictures()
 
 
 def _record(spec: RunSpec, training: Training, found: Trained) -> Record:
-    data = load_subset(spec.data)
+    data = _rows(spec)
     stopped = found.stopped
     ends = {"train.epochs": float(stopped.epochs), "train.steps": float(stopped.steps)}
     if found.failure:
@@ -105,19 +110,13 @@ def _record(spec: RunSpec, training: Training, found: Trained) -> Record:
 
 
 def _values(spec: RunSpec, initial: nn.Module, at: Snapshot, data: Subset, prefix: str = "") -> NetworkValues:
-    model = build_like(initial, at)
+    """Accuracies and covariates at a snapshot."""
+    model = copy.deepcopy(initial).eval()
+    model.load_state_dict(at.weights)
     values = NetworkValues(spec, model, data, prefix)
     values.accuracies()
     values.covariates()
     return values
-
-
-def build_like(initial: nn.Module, at: Snapshot) -> nn.Module:
-    """A copy of a network with the weights of a snapshot, in eval mode."""
-
-    model = copy.deepcopy(initial)
-    model.load_state_dict(at.weights)
-    return model.eval()
 
 
 def _training_values(at: Snapshot) -> dict[str, float]:

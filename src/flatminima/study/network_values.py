@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flatminima.measures import MEASURES, Measurement, MeasureOptions, Workbench, measure
+from flatminima.measures import Measurement, MeasureOptions, Workbench, measure
 from flatminima.measures.base import NotApplicableError
 from flatminima.measures.outputs import last_layer
 from flatminima.measures.simplicity import activation_ranges
@@ -190,8 +190,3 @@ class NetworkValues:
 
     def _miss(self, name: str, reason: str) -> None:
         self.missing[self._prefix + name] = reason or "no reason is known"
-
-
-def known_measures() -> tuple[str, ...]:
-    """Names that a study file may use."""
-    return (*MEASURES, *STUDY_MEASURES)

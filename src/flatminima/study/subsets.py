@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -30,7 +30,7 @@ _CHUNK = 8192
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """Inputs are float32 and flattened, ``(rows, pixels)``; labels are classes.
+    """Inputs are float32 and flattened, ``(rows, pixels)``, or :meth:`pictures`; labels are classes.
 
     Attributes:
         x, y: training rows.
@@ -56,7 +56,13 @@ class Subset:
     def unseen(self, rows: int = _CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
         """Everything but the training rows, in pieces of so many rows, with labels: training rows first, then the test's."""
         for start in range(0, len(self._rest), rows):
-            yield self._pool.rows(self._rest[start : start + rows])
+            x, y = self._pool.rows(self._rest[start : start + rows])
+            yield x.view(-1, *self.x.shape[1:]), y
+
+    def pictures(self) -> Subset:
+        """The same with inputs ``(rows, channels, height, width)``."""
+        x, probes, test = (rows.view(-1, *self.shape) for rows in (self.x, self.probes, self.test))
+        return replace(self, x=x, probes=probes, test=test)
 
     @property
     def unseen_rows(self) -> int:
