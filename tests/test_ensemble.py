@@ -69,7 +69,7 @@ def equal(a: Trained, b: Trained) -> bool:
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "lr": 0.1}, {"weight_decay": 0.001}])
-def test_alone_is_the_loop_that_a_user_would_write(options):
+def test_alone_is_the_loop_that_a_user_would_write(one_thread, options):
     for training in trainings(3, **options):
         found, (weights, epochs) = train_alone(training), plain_loop(training)
         assert found.stopped.epochs == epochs
@@ -146,6 +146,32 @@ def test_batches_of_few_rows_are_made_member_by_member(batch):
     """Of 70 rows, a batch size of 69 leaves one: products of one row take another path through the BLAS."""
     some = trainings(4, batch_size=batch)
     assert all(equal(one, train_alone(t)) for one, t in zip(train_together(some), some, strict=True))
+
+
+def test_bits_do_not_depend_on_the_threads_of_the_process():
+    """Two threads share some products otherwise than one; trainings have one, and give the process its own back."""
+    x, y = rows(pixels=64, classes=10, n=120)
+    some = [
+        Training(
+            build("mlp", (64,), 10, seed=seed, hidden=(12, 6)),
+            x,
+            y,
+            OptimiserSpec(lr=0.2),
+            StopSpec("never", None, max_epochs=20),
+            seed,
+        )
+        for seed in range(3)
+    ]
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found += [train_together(some), [train_alone(training) for training in some]]
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
 
 
 def test_a_stack_that_rounds_otherwise_is_not_used(monkeypatch):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from flatminima.study.together import (
     Stack,
     gradients_alone,
     member,
+    one_thread,
     outputs_alone,
     same_bits,
     same_outputs,
@@ -31,7 +32,6 @@ from flatminima.study.together import (
 )
 
 Progress = Callable[[float], None]
-_T = TypeVar("_T")
 
 #: Numbers in the inputs of one batched step: of a perceptron, whose step costs little beyond its products and must stay in the
 #: cache of a core, and of any other network. More members than fit are trained in turns.
@@ -62,12 +62,16 @@ def train_alone(training: Training, progress: Progress = lambda fraction: None) 
         (True, 1.0)
     """
     _check([training])
+    with one_thread():
+        return _alone(training, progress)
+
+
+def _alone(training: Training, progress: Progress) -> Trained:
     course, options = Course(training), training.optimiser
     model = copy.deepcopy(training.model).train()
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    state = weights | {
-        name: b.clone() for name, b in model.named_buffers()
-    }  # a training pass writes to running statistics
+    # A training pass writes to running statistics, so they are copies too.
+    state = weights | {name: b.clone() for name, b in model.named_buffers()}
     optimiser = torch.optim.SGD(
         list(weights.values()), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
     )
@@ -117,14 +121,15 @@ def train_together(trainings: Sequence[Training], progress: Progress = lambda fr
     """
     _check(trainings)
     found: list[Trained] = []
-    for group in turns(trainings):
-        before = len(found) / len(trainings)
-        share = len(group) / len(trainings)
+    with one_thread():
+        for group in turns(trainings):
+            before = len(found) / len(trainings)
+            share = len(group) / len(trainings)
 
-        def told(fraction: float, before: float = before, share: float = share) -> None:
-            progress(before + share * fraction)
+            def told(fraction: float, before: float = before, share: float = share) -> None:
+                progress(before + share * fraction)
 
-        found += [train_alone(group[0], told)] if len(group) == 1 else _Ensemble(group).train(told)
+            found += [_alone(group[0], told)] if len(group) == 1 else _Ensemble(group).train(told)
     return found
 
 
@@ -156,7 +161,7 @@ class _Ensemble:
 
     def train(self, progress: Progress) -> list[Trained]:
         if not self.stackable:
-            return [train_alone(course.training) for course in self.courses]
+            return [_alone(course.training, lambda fraction: None) for course in self.courses]
         while self.active:
             self._epoch()
             progress(sum(course.fraction for course in self.courses) / len(self.courses))
@@ -195,13 +200,11 @@ class _Ensemble:
         return x, torch.stack([training.y[rows] for training, rows in zip(trainings, chosen, strict=True)])
 
     def _gradients(self, x: Tensor, y: Tensor) -> Stack:
-        key = ("step", x.shape[1])
-        found = self._together(key, lambda: self._stacked_gradients(x, y))
-        if found is not None and key not in self._trusted:
-            some = sorted({0, len(x) // 2, len(x) - 1})
-            self._trusted[key] = same_bits(self.model, self.stack, x, y, found, some)
-        if found is not None and self._trusted[key]:
-            return found
+        def together(rows: Tensor) -> Stack:
+            return self._stacked_gradients(rows, y)
+
+        if self._trust(("step", x.shape[1]), lambda: same_bits(self.model, self.stack, x, y, together)):
+            return together(x)
         single = [gradients_alone(self.model, member(self.stack, at), x[at], y[at]) for at in range(len(x))]
         return {name: torch.stack([gradients[name] for gradients in single]) for name in self.stack}
 
@@ -210,18 +213,15 @@ class _Ensemble:
             return dense_gradients(self.layers, self.stack, x, y)
         return stacked_gradients(self.model, self.stack, x, y)
 
-    def _together(self, key: tuple[str, int], compute: Callable[[], _T]) -> _T | None:
-        """What is computed for all at once; ``None`` where that is known not to give the bits of single networks."""
-        if key[1] < _FEW_ROWS or not self._trusted.get(key, True):
-            return None
-        try:
-            return compute()
-        except (RuntimeError, NotImplementedError, ValueError):
-            # Dropout, batch statistics, control flow that depends on the data: nothing that can be batched.
-            if key in self._trusted:
-                raise
-            self._trusted[key] = False
-            return None
+    def _trust(self, key: tuple[str, int], trial: Callable[[], bool]) -> bool:
+        """Whether what is computed for all at once has the bits of single networks, for so many rows; tried once."""
+        if key not in self._trusted:
+            try:
+                self._trusted[key] = key[1] >= _FEW_ROWS and trial()
+            except (RuntimeError, NotImplementedError, ValueError):
+                # Dropout, control flow that depends on the data: nothing that can be batched.
+                self._trusted[key] = False
+        return self._trusted[key]
 
     def _update(self, gradients: Stack, rates: Tensor) -> None:
         """The step of ``torch.optim.SGD``, in its order of operations."""
@@ -249,12 +249,12 @@ class _Ensemble:
         for start in range(0, len(looking), size):
             x = torch.stack(rows[start : start + size])
             part = {name: p[looking[start : start + size]] for name, p in self.stack.items()}
-            key = ("look", x.shape[1])
-            found = self._together(key, lambda part=part, x=x: self._stacked_outputs(part, x))  # type: ignore[misc]
-            if found is not None and key not in self._trusted:
-                self._trusted[key] = same_outputs(self.model, part, x, found, (0, len(x) - 1))
-            if found is not None and self._trusted[key]:
-                yield from found
+
+            def together(rows: Tensor, part: Stack = part) -> Tensor:
+                return self._stacked_outputs(part, rows)
+
+            if self._trust(("look", x.shape[1]), partial(same_outputs, self.model, part, x, together)):
+                yield from together(x)
             else:
                 yield from (outputs_alone(self.model, member(part, at), x[at]) for at in range(len(x)))
 

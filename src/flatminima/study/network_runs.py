@@ -18,6 +18,7 @@ from flatminima.study.ensemble import train_together, turns
 from flatminima.study.network_values import NetworkValues
 from flatminima.study.run_spec import Record, RunSpec
 from flatminima.study.subsets import Subset, load_subset
+from flatminima.study.together import one_thread
 
 _TRAINING_SHARE = 0.5  # of a batch's progress
 
@@ -65,7 +66,8 @@ def run_batch(specs: Sequence[RunSpec], report: Callable[[float], None]) -> Iter
             each = (time.process_time() - began) / len(turn)
             for number, (spec, training, found) in enumerate(zip(part, turn, trained, strict=True), start=1):
                 began = time.process_time()
-                record = _record(spec, training, found)
+                with one_thread():
+                    record = _record(spec, training, found)
                 yield dataclasses.replace(record, seconds=each + time.process_time() - began)
                 report(low + share * (_TRAINING_SHARE + (1 - _TRAINING_SHARE) * number / len(turn)))
             done += len(turn)
