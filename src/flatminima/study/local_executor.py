@@ -132,12 +132,14 @@ def _call(work: Work[Job], job: Job, index: int, folder: str) -> Any:
     def part(item: Any) -> None:
         if _reports is None:
             return
-        handle, path = tempfile.mkstemp(dir=folder)
+        path = ""
         try:
+            handle, path = tempfile.mkstemp(dir=folder)
             with os.fdopen(handle, "wb") as stream:
                 pickle.dump(item, stream)
         except OSError:  # no room: it comes with the result
-            os.unlink(path)
+            if path:
+                os.unlink(path)
         else:
             _reports.put((index, path))
 
