@@ -14,7 +14,7 @@ from flatminima.report.domains_tables import (
     pooled_table,
     valley_table,
 )
-from flatminima.report.tables import Cell, Table
+from flatminima.report.markdown import escaped, markdown_table
 
 
 def swad_markdown(results: Mapping[str, Any]) -> str:
@@ -25,30 +25,11 @@ def swad_markdown(results: Mapping[str, Any]) -> str:
         f"{finished['runs']} of {finished['planned']} runs are finished.",
         results["answer"],
     ]
-    parts.append("\n".join(f"- {_escaped(sentence)}" for sentence in [*results["details"], *results["cautions"]]))
+    parts.append("\n".join(f"- {escaped(sentence)}" for sentence in [*results["details"], *results["cautions"]]))
     for table in (
         accuracy_table(results), comparison_table(results), pooled_table(results), claims_table(results), valley_table(results),
         flatness_table(results), failures_table(results),
     ):  # fmt: skip
         if table:
-            parts.append(f"**{table.title}**\n\n{_markdown(table)}")
+            parts.append(f"**{table.title}**\n\n{markdown_table(table)}")
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown(table: Table) -> str:
-    heads = [
-        _escaped(column.text) + (f" ({_escaped(column.detail)})" if column.detail else "") for column in table.columns
-    ]
-    lines = [heads, ["---:" if column.numeric else "---" for column in table.columns]]
-    lines += [[_cell(cell) for cell in row] for row in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(cell: Cell) -> str:
-    detail = _escaped(cell.detail)
-    text = _escaped(cell.text) + (f" {detail}" if detail.startswith("±") else f" ({detail})" if detail else "")
-    return f"{text} **{cell.verdict}**" if cell.verdict else text
-
-
-def _escaped(text: object) -> str:
-    return " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
