@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from flatminima.data.incremental import ClassData
 from flatminima.data.splits import IntArray
 from flatminima.protocols.fewshot_base import Diverged, base_classes, embeddings
-from flatminima.protocols.fewshot_learners import Learner, widened
+from flatminima.protocols.fewshot_learners import Learner, classifier
 from flatminima.protocols.fewshot_network import EmbeddingNetwork
 from flatminima.protocols.fewshot_settings import FewShotSettings
 from flatminima.protocols.fewshot_split import FewShotSplit
@@ -124,7 +124,7 @@ class Icarl(Rehearsal):
 
     def begin(self, shots: Shots, count: int) -> list[nn.Parameter]:
         """See the base class."""
-        self.network.tail.head = widened(self.network.tail.head, count, self._stream)
+        self.network.tail.head = classifier(self.network.tail.head, count, self._stream)
         return list(self.network.tail.head.parameters())
 
     def loss(self, x: Tensor, y: Tensor, old: int, count: int) -> Tensor:

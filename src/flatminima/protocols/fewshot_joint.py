@@ -17,7 +17,7 @@ from flatminima.averaging import reestimate_batchnorm
 from flatminima.data.incremental import ClassData
 from flatminima.data.splits import IntArray
 from flatminima.protocols.fewshot_base import Diverged, embeddings
-from flatminima.protocols.fewshot_learners import Learner, widened
+from flatminima.protocols.fewshot_learners import Learner, classifier
 from flatminima.protocols.fewshot_network import EmbeddingNetwork, build
 from flatminima.protocols.fewshot_prototypes import class_means
 from flatminima.protocols.fewshot_settings import FewShotSettings
@@ -66,7 +66,7 @@ class Joint(Learner):
             shape = self.view.clean(shots.images, rows[:1]).shape[1:]
             self.network = build(settings, shape, count, stream_seed("joint", self._seed, count))
         else:
-            self.network.tail.head = widened(self.network.tail.head, count, self._stream)
+            self.network.tail.head = classifier(self.network.tail.head, count, self._stream)
         self.head = self.network.tail.head
         if not settings.joint_iterations:
             return
@@ -125,8 +125,7 @@ class Retrained(Joint):
 
     def _classifier(self, z: Tensor, classes: Tensor) -> nn.Linear:
         settings, count = self.settings, int(classes.max()) + 1
-        empty = nn.Linear(z.shape[1], 0, device=z.device)
-        head = widened(empty, count, self._stream)
+        head = classifier(self.network.tail.head, count, self._stream, keep=False)
         optimizer = torch.optim.SGD(
             head.parameters(), lr=settings.rebalance_lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )

@@ -205,7 +205,7 @@ class FineTune(Learner):
         """See the class."""
         settings = self.settings
         rows, classes = self.remember(shots)
-        self.head = self.network.tail.head = widened(self.network.tail.head, int(classes.max()) + 1, self._stream)
+        self.head = self.network.tail.head = classifier(self.network.tail.head, int(classes.max()) + 1, self._stream)
         optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=settings.session_lr,
@@ -227,13 +227,13 @@ class FineTune(Learner):
 
 
 @torch.no_grad()
-def widened(head: nn.Linear, classes: int, generator: torch.Generator) -> nn.Linear:
-    """A linear layer with more outputs: the old ones are kept, the new ones drawn as PyTorch draws a new layer's."""
-    new = nn.Linear(head.in_features, classes, device=head.weight.device, dtype=head.weight.dtype)
-    limit = head.in_features**-0.5
+def classifier(like: nn.Linear, classes: int, generator: torch.Generator, *, keep: bool = True) -> nn.Linear:
+    """A linear layer with more outputs, drawn as PyTorch draws a new layer's; those of ``like`` are kept, if so asked."""
+    new = nn.Linear(like.in_features, classes, device=like.weight.device, dtype=like.weight.dtype)
+    limit = like.in_features**-0.5
     for name in ("weight", "bias"):
-        to, old = getattr(new, name), getattr(head, name)
-        drawn = (2 * torch.rand(to.shape, generator=generator) - 1) * limit
-        to.copy_(drawn)
-        to[: len(old)] = old
+        to, old = getattr(new, name), getattr(like, name)
+        to.copy_((2 * torch.rand(to.shape, generator=generator) - 1) * limit)
+        if keep:
+            to[: len(old)] = old
     return new

@@ -260,7 +260,7 @@ def _small(data: str) -> dict[str, Any]:
         }  # fmt: skip
     if data == "cifar100":
         return {
-            **_CIFAR, "iterations": 3000, "batch_images": 8, "joint": "base", "joint_iterations": 20, "exemplar_epochs": 20,
+            **_CIFAR, "iterations": 4000, "batch_images": 8, "joint": "base", "joint_iterations": 0, "exemplar_epochs": 20,
             "every": 100,
         }  # fmt: skip
     return {
