@@ -26,9 +26,11 @@ class Fsll(Learner):
     r"""Triplet loss, cross entropy of cosines to prototypes, and an L1 penalty on the change since base training.
 
     .. math:: \frac{1}{|T|} \sum_{(a,p,n) \in T} [\lVert f_a - f_p \rVert^2 - \lVert f_a - f_n \rVert^2]_+ + \mathrm{CE}
-        + \lambda \sum_j \lVert w_j - w_j^* \rVert_1
+        + \lambda \sum_j \operatorname{mean} |w_j - w_j^*|
 
-    over all triplets of the shots so far. Prototypes are renewed as F2M's are.
+    over all triplets of the shots so far and all tensors that are trained. (Means: with a sum, a weight would move only where
+    its gradient exceeds :math:`\lambda = 5`, which is nowhere, and subgradient steps would chatter.) Prototypes are renewed as
+    F2M's are.
 
     Raises:
         SettingsError: no tensor is below the threshold.
@@ -56,8 +58,8 @@ class Fsll(Learner):
         self._last: dict[str, Any] = {}
 
     def penalty(self) -> Tensor:
-        """The L1 distance from the weights of base training."""
-        return torch.stack([(p - s).abs().sum() for p, s in zip(self._chosen, self._start, strict=True)]).sum()
+        """Mean absolute change since base training, summed over the tensors."""
+        return torch.stack([(p - s).abs().mean() for p, s in zip(self._chosen, self._start, strict=True)]).sum()
 
     def learn(self, shots: Shots) -> None:
         """See the class."""
@@ -84,7 +86,7 @@ class Fsll(Learner):
         self.renew(shots.images, rows, classes, self.base_classes)
 
     def facts(self) -> dict[str, Any]:
-        """How many weights are trained, and how far they have moved in all."""
+        """How many weights are trained, and how far they have moved: the penalty."""
         return self._last
 
 

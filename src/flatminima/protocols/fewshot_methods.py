@@ -33,6 +33,7 @@ class Base(NamedTuple):
     changes: Mapping[str, Any] = {}
 
 
+_WIDE = 4
 _NO_SPLIT = {name: value for name, value in RELEASED.items() if name not in ("order", "held_out")}
 BASES: Mapping[str, Base] = MappingProxyType(
     {
@@ -41,6 +42,7 @@ BASES: Mapping[str, Base] = MappingProxyType(
         "flat": Base("flat"),
         "flat-no-pf": Base("flat", {"prototype_weight": 0.0}),
         "flat-one-draw": Base("flat", {"draws": 1, "antithetic": False, "std_weight": 0.0}),
+        "flat-wide": Base("flat"),  # noise in a box _WIDE times as wide as the one sessions are clamped to
         "flat-relative": Base("flat", {"relative": True, "bound": 0.1}),
         "flat-released": Base("flat", _NO_SPLIT),
         "sam": Base("sam"),
@@ -111,6 +113,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "f2m-no-pn": Method("F2M without prototype normalisation", "flat", "clamp", "euclidean"),
         "f2m-no-replay": Method("F2M without replay", "flat", "clamp-no-replay", memory="none"),
         "f2m-one-draw": Method("F2M, M = 1", "flat-one-draw", "clamp"),
+        "f2m-wide": Method("F2M, noise 4 × the clamp", "flat-wide", "clamp"),
         "f2m-relative": Method("F2M, relative box", "flat-relative", "clamp"),
         "f2m-frozen": Method("F2M, frozen", "flat", "frozen", memory="none"),
         "plain-no-clamp": Method("F2M without noise and clamp", "plain", "no-clamp"),
@@ -124,8 +127,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 DEFAULT_METHODS = (
-    "baseline", "baseline-raw", "ft", "crt", "f2m", "f2m-no-noise", "f2m-no-clamp", "f2m-frozen", "plain-no-clamp", "sam",
-    "sam-clamp",
+    "baseline", "baseline-raw", "ft", "crt", "f2m", "f2m-no-noise", "f2m-no-clamp", "f2m-wide", "f2m-frozen",
+    "plain-no-clamp", "sam", "sam-clamp",
 )  # fmt: skip
 
 
@@ -150,6 +153,8 @@ def base_settings(settings: FewShotSettings, base: str) -> FewShotSettings:
     changes = dict(BASES[base].changes)
     if base == "plain-long":
         changes["iterations"] = settings.iterations * (settings.draws + 1)
+    if base == "flat-wide":
+        changes |= {"bound": _WIDE * settings.bound, "clamp_bound": settings.clamp_bound or settings.bound}
     return replace(settings, **changes)
 
 

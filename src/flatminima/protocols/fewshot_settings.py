@@ -240,6 +240,8 @@ def preset(data: str, protocol: str = "small", **changes: Any) -> FewShotSetting
         chosen |= RELEASED
     if given.get("model", chosen.get("model", "resnet20")) != chosen.get("model", "resnet20"):
         chosen.pop("model_options", None)
+    if "size" in given and "crop" in chosen:  # the same margin around the crop
+        chosen["crop"] = max(1, round(given["size"] * chosen["crop"] / chosen["size"]))
     return FewShotSettings(**{"data": data, "protocol": protocol, **chosen, **given})
 
 
@@ -260,7 +262,7 @@ def _small(data: str) -> dict[str, Any]:
         }  # fmt: skip
     if data == "cifar100":
         return {
-            **_CIFAR, "iterations": 4000, "batch_images": 8, "joint": "base", "joint_iterations": 0, "exemplar_epochs": 20,
+            **_CIFAR, "iterations": 3000, "batch_images": 8, "joint": "base", "joint_iterations": 0, "exemplar_epochs": 20,
             "every": 100,
         }  # fmt: skip
     return {

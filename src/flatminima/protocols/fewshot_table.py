@@ -36,6 +36,8 @@ COMPARISONS: Sequence[tuple[str, str]] = (
     ("f2m", "baseline"),
     ("f2m", "f2m-no-noise"),
     ("f2m", "f2m-no-clamp"),
+    ("f2m-wide", "f2m-no-noise"),
+    ("f2m-wide", "baseline"),
     ("f2m-no-noise", "plain-no-clamp"),
     ("f2m-frozen", "baseline"),
     ("f2m-no-noise", "baseline"),
@@ -63,7 +65,7 @@ COMPARISONS: Sequence[tuple[str, str]] = (
 #: What every method is compared with in the ablation table.
 ABLATIONS = (
     "f2m", "f2m-no-noise", "f2m-no-clamp", "plain-no-clamp", "f2m-frozen", "f2m-no-pf", "f2m-no-pn", "f2m-no-replay",
-    "f2m-one-draw", "f2m-relative", "f2m-released", "f2m-swad",
+    "f2m-one-draw", "f2m-wide", "f2m-relative", "f2m-released", "f2m-swad",
 )  # fmt: skip
 
 

@@ -25,6 +25,10 @@ _STATEMENTS: Sequence[tuple[tuple[str, str], str, str, int]] = (
         ("f2m", "f2m-no-noise"),
         "and serves base and novel classes together better (harmonic mean, last session)", "harmonic", 1,
     ),
+    (
+        ("f2m-wide", "f2m-no-noise"),
+        "with noise in a box four times as wide as the clamp, the flat network keeps more of the base classes", "base", 1,
+    ),
     (("f2m", "f2m-no-clamp"), "clamping to the box keeps base classes from being forgotten", "forgetting", -1),
     (("baseline", "ft"), "the frozen Baseline is more accurate than naive fine-tuning", "average", 1),
     (("f2m", "f2m-no-pf"), "prototype fixing makes F2M more accurate", "average", 1),
