@@ -3,7 +3,7 @@
     make bench      # or: python benchmarks/averaging.py
 
 One thread, the variants interleaved within a round, medians over rounds of CPU time, as ratios to the lerp. Before timing,
-every variant's average is compared with a float64 mean. Memory is counted in tensors alive, in copies of the parameters.
+every variant's average is compared with a float64 mean. What the averages hold in memory is in memory.py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import itertools
 import platform
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatminima.averaging import EMA, LAWA, SWA, SWAD, TailAverage
 
@@ -106,45 +104,6 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
     return (time.process_time() - start) / repeats
 
 
-class Alive(TorchDispatchMode):
-    """The most elements of new floating-point tensors alive at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, list | tuple) else (out,):
-            if (
-                isinstance(tensor, Tensor)
-                and tensor.is_floating_point()
-                and func.overloadpacket.__name__ == "empty_like"
-            ):
-                self.known[tensor.data_ptr()] = (weakref.ref(tensor), tensor.numel())
-        self.known = {at: (ref, n) for at, (ref, n) in self.known.items() if ref() is not None}
-        self.peak = max(self.peak, sum(n for _, n in self.known.values()))
-        return out
-
-    def now(self) -> int:
-        return sum(n for ref, n in self.known.values() if ref() is not None)
-
-
-def memory(variant: str) -> tuple[float, float]:
-    """Copies of the parameters: at most, and in the valley after convergence while evaluations are good."""
-    model = mlp()
-    size = sum(p.numel() for p in model.parameters())
-    swad = SWAD(model, variant=variant)  # type: ignore[arg-type]
-    with Alive() as alive:
-        for evaluation in range(30):
-            for _ in range(5):
-                swad.update()
-            swad.evaluate(2.0 if evaluation < 8 else 1.0 + 0.001 * evaluation)
-        swad.update()
-    return alive.peak / size, alive.now() / size
-
-
 def main() -> None:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {platform.machine()}, one thread, medians of {ROUNDS} interleaved rounds\n")
@@ -167,10 +126,6 @@ def main() -> None:
     print(f"| update | {' | '.join(cases)} |\n| --- | --- | --- |")
     for name, cells in table.items():
         print(f"| {name} | {' | '.join(cells)} |")
-    print("\n| SWAD's memory, in copies of the parameters | at most | in the valley |\n| --- | --- | --- |")
-    for variant in ("paper", "released"):
-        most, valley = memory(variant)
-        print(f"| {variant} | {most:.1f} | {valley:.1f} |")
 
 
 if __name__ == "__main__":

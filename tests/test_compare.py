@@ -25,7 +25,9 @@ from flatminima.measures import MEASURES
 from flatminima.study import compare as compare_module
 from flatminima.study.checkpoint import load_weights
 from flatminima.study.compare import RunJob, compare, execute
-from flatminima.study.statistics import interval, paired
+from flatminima.study.methods import METHODS
+from flatminima.study.settings import CompareSettings
+from flatminima.study.statistics import holm, interval, paired, paired_p
 from flatminima.study.store import RunStore, StoreError
 from flatminima.study.summary import summarise
 
@@ -225,6 +227,9 @@ def test_the_statistics_are_those_of_the_runs(comparison: Comparison) -> None:
     for entry in results["methods"]:
         mine, first = runs[entry["method"]], runs["sgd"]
         assert (entry["n"], entry["failed"]) == (2, 0)
+        for key in ("steps", "gradient_evaluations"):
+            spent = [r[key] for r in mine]
+            assert entry[key] == {"least": min(spent), "mean": sum(spent) / 2, "most": max(spent)}
         assert entry["test_accuracy"] == interval([r["test_accuracy"] for r in mine])
         assert entry["generalisation_gap"] == interval([r["test_loss"] - r["train_loss"] for r in mine])
         for name in MEASURES:
@@ -239,6 +244,74 @@ def test_the_statistics_are_those_of_the_runs(comparison: Comparison) -> None:
                 by_seed = {r["seed"]: r["measures"][name]["value"] for r in mine}
                 assert entry["versus_first"]["measures"][name] == paired(by_seed, reference)
         assert (entry["versus_first"] is None) == (entry["method"] == "sgd")
+
+
+def test_the_primary_comparison_is_corrected_for_the_number_of_methods(comparison: Comparison) -> None:
+    results = comparison.results
+    first, *others = results["methods"]
+    scores = {
+        m["method"]: {r["seed"]: r["test_accuracy"] for r in results["runs"] if r["method"] == m["method"]}
+        for m in results["methods"]
+    }
+    expected = [paired_p(scores[m["method"]], scores["sgd"]) for m in others]
+    found = [m["versus_first"]["test_accuracy"] for m in others]
+    assert [v["p"] for v in found] == expected
+    corrected = holm([1.0 if p is None else p for p in expected])
+    assert [v["p_holm"] for v in found] == [None if p is None else c for p, c in zip(expected, corrected, strict=True)]
+    assert first["versus_first"] is None
+    assert results["budget"] == {"kind": "gradients", "amount": 40}
+
+
+def accuracies(**columns: list[float]) -> dict[str, Any]:
+    """Results in which the methods have these test accuracies."""
+    records = [
+        {
+            "method": method.replace("_", "+"), "seed": seed, "status": "finished", "failure": None, "steps": 40,
+            "gradient_evaluations": 40, "swad": None, "train_accuracy": 1.0, "test_accuracy": value, "train_loss": 0.1,
+            "test_loss": 0.2, "audit": None, "measures": {}, "seconds": {},
+        }
+        for method, values in columns.items()
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    settings = CompareSettings(methods=tuple(m.replace("_", "+") for m in columns), seeds=len(columns["sgd"]))
+    return summarise(settings, data.load("digits", train_size=300), 1, records)
+
+
+def test_the_answer_says_which_differences_are_left_by_holms_correction() -> None:
+    results = accuracies(
+        sgd=[0.90, 0.91, 0.92, 0.93, 0.94],
+        sam=[0.9201, 0.9299, 0.94, 0.9501, 0.9599],  # two points in every seed
+        ema=[0.91, 0.91, 0.93, 0.94, 0.95],  # p = 0.016 by itself, with two comparisons 0.032
+        asam=[0.89, 0.93, 0.90, 0.95, 0.94],
+    )
+    assert "SAM and EMA predicted better than SGD on held-out data (of these differences Holm's" in results["answer"]
+    assert "correction for 3 comparisons leaves all)" in results["answer"]
+    assert any(line.endswith("n=5, Holm's p 0.032.") for line in results["details"])
+    more = {f"sam_{average}": [0.89, 0.93, 0.90, 0.95, 0.94] for average in ("ema", "swa", "lawa", "tail")}
+    results = accuracies(
+        sgd=[0.90, 0.91, 0.92, 0.93, 0.94],
+        sam=[0.9201, 0.9299, 0.94, 0.9501, 0.9599],
+        ema=[0.91, 0.91, 0.93, 0.94, 0.95],
+        **more,
+    )
+    assert "(of these differences Holm's correction for 6 comparisons leaves only SAM)" in results["answer"]
+
+
+def test_of_many_methods_only_what_is_told_apart_gets_a_sentence() -> None:
+    noise = {
+        f"{o}_ema": [0.89, 0.93, 0.90, 0.95, 0.94] for o in ("sam", "asam", "gsam", "wsam", "msam", "bsam", "random")
+    }
+    results = accuracies(sgd=[0.90, 0.91, 0.92, 0.93, 0.94], sam=[0.9201, 0.9299, 0.94, 0.9501, 0.9599], **noise)
+    assert [line.split(" minus")[0] for line in results["details"][:1]] == ["Test accuracy of SAM"]
+    assert results["details"][-1] == "Of 7 of the 8 methods the test accuracy cannot be told from that of SGD."
+    assert any("ASAM, whose radius is in units of the weights, at 0.5 and bSAM" in c for c in results["cautions"])
+
+
+def test_equal_differences_are_left_by_nothing() -> None:
+    results = accuracies(sgd=[0.9, 0.8, 0.7], sam=[0.95, 0.85, 0.75], ema=[0.9, 0.8, 0.7])
+    versus = [m["versus_first"]["test_accuracy"] for m in results["methods"][1:]]
+    assert [(v["p"], v["p_holm"]) for v in versus] == [(None, None), (1.0, 1.0)]
+    assert "for 2 comparisons leaves none" in results["answer"]
 
 
 def test_the_audit_is_that_of_the_first_seeds(comparison: Comparison) -> None:
@@ -296,3 +369,57 @@ def test_a_network_that_learned_nothing_proves_nothing(comparison: Comparison) -
     assert "top Hessian eigenvalue" not in results["answer"]  # did not move, but not by theorem
     assert any("better than chance" in caution for caution in results["cautions"])
     assert not any("better than chance" in caution for caution in summarise(TINY, splits, 1, records[:0])["cautions"])
+
+
+EVERY = CompareSettings(
+    methods=("all", "asam+ema", "looksam+swad"), model="convnet-bn", seeds=1, steps=12, train_size=150, batch_size=32,
+    measure_rows=16, audit_members=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """Every method on a network with normalisation layers. Not to be changed: copy the directory first."""
+    directory = tmp_path_factory.mktemp("everything") / "all"
+    return Comparison(directory, compare(EVERY, directory, workers=2))
+
+
+def test_every_method_is_trained_measured_and_has_spent_the_budget(everything: Comparison) -> None:
+    results = everything.results
+    assert [m["method"] for m in results["methods"]] == [*METHODS, "asam+ema", "looksam+swad"]
+    for run in results["runs"]:
+        assert run["status"] == "finished", run["failure"]
+        assert run["gradient_evaluations"] == 12
+        assert set(run["measures"]) == set(MEASURES)
+    assert results["command"].startswith(
+        "flatminima compare --data digits --model convnet-bn --methods all,asam+ema,looksam+swad"
+    )
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("method", ["ae-sam", "friendly-sam", "sam-on", "bsam", "lawa", "looksam+swad"])
+def test_an_interrupted_run_of_any_kind_ends_in_the_same_bits(
+    everything: Comparison, tmp_path: Path, method: str
+) -> None:
+    shutil.copytree(everything.directory, tmp_path / "copy")
+    runs, whole = tmp_path / "copy" / "runs", everything.directory / "runs"
+    (runs / f"{method}-seed0.json").unlink()
+    (runs / f"{method}-seed0.train.json").unlink()
+    execute(RunJob(EVERY, tmp_path / "copy", method, 0))
+    assert (runs / f"{method}-seed0.safetensors").read_bytes() == (whole / f"{method}-seed0.safetensors").read_bytes()
+    found, expected = (json.loads((at / f"{method}-seed0.json").read_text()) for at in (runs, whole))
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+
+
+def test_runs_of_an_earlier_version_are_kept(comparison: Comparison, tmp_path: Path) -> None:
+    shutil.copytree(comparison.directory, tmp_path / "copy")
+    for path in (tmp_path / "copy" / "runs").glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record.pop("average") is None  # that field came later
+        path.write_text(json.dumps(record))
+    settings = json.loads((tmp_path / "copy" / "settings.json").read_text())
+    assert settings.pop("monitor_rows") is None  # and that setting
+    (tmp_path / "copy" / "settings.json").write_text(json.dumps(settings))
+    before = stamps(tmp_path / "copy", set(RUNS))
+    assert compare(TINY, tmp_path / "copy", workers=1) == comparison.results
+    assert stamps(tmp_path / "copy", set(RUNS)) == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,6 +158,20 @@ def test_the_search_finds_what_the_closed_form_says() -> None:
         assert found.upper == pytest.approx(exact.lower, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["flat sharp", "sagd", "sagd, weight"])
+@pytest.mark.parametrize("radius", [0.05, 0.6])
+def test_sharpness_is_exact_with_an_example_left_out(name: str, radius: float) -> None:
+    """Less than the whole weight rises: the rise at the direction itself, and no search finds more."""
+    whole = PROBLEMS[name]()
+    assert isinstance(whole, ColumnProblem)
+    f = whole.on(whole.sample.without(0))
+    for w in (f.start, 0.3 * f.unit(f.sample.zeros[0]), -0.3 * f.unit(f.sample.zeros[0])):
+        exact, found = f.sharpness(radius, w), f.sharpness(radius, w, closed_form=False)
+        assert exact.exact
+        assert exact.lower == pytest.approx(f.empirical_risk(w + exact.direction) - f.empirical_risk(w), rel=1e-12)
+        assert exact.lower == pytest.approx(found.lower, rel=1e-9, abs=1e-15)
+
+
 @each
 def test_ordinary_optimisers_run_on_the_objective(name: str) -> None:
     f = PROBLEMS[name]()
@@ -281,11 +296,42 @@ def test_lengths_do_not_overflow() -> None:
         (lambda f: f.on(Sample.canonical(3)), "3 examples and the problem n = 4"),
         (lambda f: f.maximiser(f.start, 0.1, "adverserial", 1, None), "unknown tie-breaking rule.*adversarial"),
         (lambda f: f.on(f.sample.without(0)).objective(), "an example was left out"),
+        (
+            lambda f: f.empirical_risk([0.0] * 49),
+            "the point must be a tensor, got a list: convert it with torch.as_tensor",
+        ),
+        (lambda f: f.sharpness(0.1, np.zeros(49)), "the point must be a tensor, got a ndarray"),
+        (lambda f: f.gradient(1j * torch.ones(49)), "the point must be real, got torch.complex64"),
+        (lambda f: f.maximiser(f.start, -0.1, "uniform", 1, None), "radius must be finite and >= 0, got -0.1"),
+        (lambda f: f.expand(f.start), "the columns of this dense sample are not those of the canonical one"),
+        (lambda f: SAGDTrap(4, 3, dtype="float64"), "dtype must be a floating one of torch, got 'float64'"),  # type: ignore[arg-type]
+        (lambda f: SharpSAM1D(dtype="float64"), "dtype must be a floating one of torch, got 'float64'"),  # type: ignore[arg-type]
+        (lambda f: DeadZoneRegression(3, dtype=torch.int64), "dtype must be a floating one of torch, got torch.int64"),
     ],
 )
 def test_bad_points(call: Callable[[ColumnProblem], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(SAGDTrap(4, 3, 0.1, sample=DRAWN))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """And are worked with in double precision, whatever their own."""
+    for make in (
+        lambda n, x: FlatSharpERM(n, x, smoothness=x), lambda n, x: SAGDTrap(n, n, x, auxiliary_weight=x, smoothness=x),
+        lambda n, x: SAMTrap(n, n, x, x, chain_delta=x, delta_2=x, delta_3=x), lambda n, x: SharpSAM1D(x, smoothness=x),
+        lambda n, x: DeadZoneRegression(n, n, x, smoothness=x), lambda n, x: RadialDeadZone(x, start=x, smoothness=x),
+    ):  # fmt: skip
+        f, g = make(4, 0.1 + 2**-30), make(np.int64(4), np.float64(0.1 + 2**-30))
+        assert {type(value) for value in vars(g).values()} == {type(value) for value in vars(f).values()}
+        for key, value in vars(f).items():
+            if isinstance(value, int | float | dict):
+                assert vars(g)[key] == value
+        assert type(make(np.int32(4), np.float32(0.1)).largest_loss) is float
+
+
+def test_a_condition_that_no_certificate_has_is_named() -> None:
+    with pytest.raises(KeyError, match="unknown condition 'n >= 5': expected one of n >= 6, "):
+        SAMTrap(4, 6, **TRAP).certify()["n >= 5"]
 
 
 def test_a_search_without_any_direction_finds_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +58,14 @@ def test_the_expanded_form() -> None:
     )  # fmt: skip
     found = risk_bound(smoothness=b, lr=lr, radius=r, flatness_radius=rho, steps=t, n=n, distance=d)
     assert found == pytest.approx(expected, rel=1e-14)
+
+
+def test_numbers_of_numpy_are_worked_with_in_double_precision() -> None:
+    single = {name: np.int32(v) if name in ("steps", "n") else np.float32(v) for name, v in ARGUMENTS.items()}
+    double = {name: value.item() for name, value in single.items()}
+    for kind in ("paper", "tight"):
+        assert risk_bound(**single, kind=kind) == risk_bound(**double, kind=kind)  # type: ignore[arg-type]
+        assert type(gap_bound(**single, kind=kind)) is float  # type: ignore[arg-type]
 
 
 def test_bounds_scale_with_the_smoothness() -> None:

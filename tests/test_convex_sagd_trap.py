@@ -161,6 +161,45 @@ def test_a_smaller_auxiliary_weight_has_other_maximisers(weight: float) -> None:
     assert f.empirical_risk(along) < 0.5 * 0.4**2
 
 
+def test_without_a_free_slot_a_smaller_weight_has_no_closed_form() -> None:
+    """Every slot of both unanimous columns is on the side that no example sees: there is nothing left to fill."""
+    f = SAGDTrap(4, 2, 0.0, auxiliary_weight=0.5)
+    w = torch.zeros(f.d, dtype=torch.float64)
+    for column, side in ((f.sample.ones[0], -0.3), (f.sample.zeros[0], 0.3)):
+        for slot in (1, 2):
+            w = w + side * f.unit(column, slot)
+    found = f.sharpness(0.5, w)
+    assert not found.exact
+    assert f.empirical_risk(w + found.direction) == pytest.approx(found.lower)
+    assert found.lower == pytest.approx(0.09375)  # what the search of another implementation found
+    assert found.lower <= found.upper
+    with pytest.raises(ValueError, match="no slot of a unanimous column is free"):
+        sagd(f, lr=0.25, radius=0.5, steps=2, tie_break="uniform", start=w)
+    assert f.sharpness(0.5, w - 2 * w[-2] * f.unit(f.sample.ones[0], 1)).exact  # seen: it is longest along itself
+
+
+def test_the_floor_is_below_the_risk_wherever_it_is_not_zero() -> None:
+    f = SAGDTrap(6, 64, 0.1)
+    assert f.suffix_risk(1, lr=0.25, radius=0.05) == f.floor(lr=0.25, radius=0.05) == 0.0
+    for radius in (0.0, 0.11, 0.15, 0.2, 0.25, 0.3, 0.6, 2.0):
+        assert f.floor(lr=0.25, radius=radius) <= f.suffix_risk(1, lr=0.25, radius=radius)
+    assert (
+        SAGDTrap(6, 1, 0.0).floor(lr=0.25, radius=1.0) == SAGDTrap(6, 1, 0.0).suffix_risk(1, lr=0.25, radius=1.0) == 0
+    )
+
+
+def test_the_closed_form_with_an_example_left_out() -> None:
+    """Its gradients are shorter by its share, and the adversary's run by as much."""
+    whole = SAGDTrap(4, 8, 0.05)
+    f, settings = whole.on(whole.sample.without(1)), {"lr": 0.4, "radius": 0.7}
+    run = sagd(f, **settings, steps=8, tie_break="adversarial")  # type: ignore[arg-type]
+    for tau in (1, 4, 8):
+        risk = f.suffix_risk(tau, **settings)
+        assert f.population_risk(run.suffix_average(tau)).value == pytest.approx(risk, rel=1e-12)
+        assert 0 < f.floor(**settings) < risk < whole.suffix_risk(tau, **settings)
+    assert f.certify(**settings)["lr (r - rho) <= 1 / sqrt T"].value == pytest.approx(0.75 * 0.4 * 0.65)
+
+
 def test_the_adversary_needs_a_free_slot_and_a_column() -> None:
     f = SAGDTrap(5, 4, 0.1)
     with pytest.raises(ValueError, match="slot 5 of the spurious block is not free"):
@@ -204,3 +243,8 @@ def test_bad_suffixes_and_radii_are_refused() -> None:
     assert [c.name for c in f.certify(0.25, 9.0).checks if not c.holds] == ["lr (r - rho) <= 1 / sqrt T"]
     with pytest.raises(ValueError, match="lr must be finite and > 0"):
         f.certify(0.0, 1.0)
+    for bad in ({"lr": -1.0, "radius": 0.6}, {"lr": math.nan, "radius": 0.6}, {"lr": 0.25, "radius": -0.1}):
+        with pytest.raises(ValueError, match="must be finite and >"):
+            f.floor(**bad)
+        with pytest.raises(ValueError, match="must be finite and >"):
+            f.suffix_risk(1, **bad)

@@ -312,3 +312,32 @@ def test_the_trigger_is_sampled_where_its_share_is_not_negligible() -> None:
     assert found.kind == "sampled"
     more = f.population_risk(w, draws=100_000, seed=1)
     assert abs(found.value - more.value) <= 4 * math.hypot(found.error, more.error)
+
+
+def test_a_second_link_that_is_too_strong_is_not_certified() -> None:
+    """The proof needs delta_3 <= sigma / (2 lr r): above, slot 2 turns positive and the closed form is another run's."""
+    f = SAMTrap(6, 32, 1 / 24, 2.0, delta_3=1.0)
+    certificate = f.certify()
+    assert not certificate.ok
+    assert [c.name for c in certificate.checks if not c.holds] == ["delta_3 <= sigma / (2 lr r)"]
+    assert float(run_of(f).last.reshape(-1)[1]) > 0.0
+    for sample in ("dense", Sample.draw(6, 0, "one")):
+        weakest = SAMTrap(6, 32, 1 / 24, 2.0, delta_3="sample", sample=sample)  # type: ignore[arg-type]
+        assert weakest.certify().ok  # the largest that its sample allows
+        check = weakest.certify()["delta_3 <= sigma / (2 lr r)"]
+        assert check.value == pytest.approx(check.limit, rel=1e-12)
+
+
+def test_no_theorem_speaks_of_a_sample_with_an_example_left_out() -> None:
+    whole = SAMTrap(6, 12, 0.25, 0.5)
+    f = whole.on(whole.sample.without(0))
+    with pytest.raises(ValueError, match=r"closed form is for a whole sample.*run sam\("):
+        f.closed_form()
+    assert not f.certify()["no example is left out"].holds
+    assert whole.certify()["no example is left out"].holds
+
+
+@pytest.mark.parametrize("epsilon", [-1.0, math.nan])
+def test_an_epsilon_that_is_none_is_refused(epsilon: float) -> None:
+    with pytest.raises(ValueError, match="epsilon must be finite and >= 0"):
+        SAMTrap(6, 6, 0.25, 0.5).certify(epsilon=epsilon)

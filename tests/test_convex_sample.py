@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from convex_fixture import VECTORS
-from flatminima.problems.convex import Sample, event_probability
+from flatminima.problems.convex import FlatSharpERM, Sample, event_probability
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,6 +51,35 @@ def test_the_number_of_lazy_unanimous_columns_is_binomial() -> None:
     lazily = torch.tensor([float(len(Sample.lazy(6, seed, columns=1).zeros)) for seed in range(3000)])
     assert abs(float(lazily.mean()) - 1.0) < 4 / math.sqrt(3000)
     assert float(lazily.var()) == pytest.approx(1 - 2**-6, rel=0.15)
+
+
+def test_a_lazy_sample_without_other_columns_is_not_redrawn() -> None:
+    """Nor conditioned on anything: it may have no column at all, and the problems take it."""
+    found = [(Sample.lazy(400, seed, columns=0), Sample.lazy(400, seed, columns=1)) for seed in range(40)]
+    for none, one in found:
+        assert (none.zeros, none.ones, none.attempts) == (one.zeros, one.ones, 1)
+    f = FlatSharpERM(400, 0.25, sample=next(none for none, _ in found if not len(none)))
+    assert f.d == 1
+    w = 0.5 * f.auxiliary_unit()
+    assert f.empirical_risk(w) == f.population_risk(w).value == 0.5 * 0.25**2
+    assert f.sharpness(0.5, w).lower == pytest.approx(0.5 * (0.75**2 - 0.25**2))
+
+
+def test_counts_of_numpy_are_counts() -> None:
+    assert Sample.canonical(np.int64(3)).n == 3
+    assert type(Sample.spurious(np.int64(400)).n) is int  # 2 ** n of a 64-bit integer would overflow
+    assert Sample.spurious(np.int64(400)).columns == Sample.spurious(400).columns
+    assert event_probability(np.int64(100)) == event_probability(100)
+
+
+def test_only_canonical_columns_have_places_in_the_canonical_sample() -> None:
+    for sample in (Sample.lazy(5, 0, columns=4), Sample.spurious(5, zeros=2), Sample.draw(5, 0)):
+        with pytest.raises(
+            ValueError, match=f"columns of this {sample.kind} sample are not those of the canonical one"
+        ):
+            sample.members()
+    assert Sample.spurious(3, zeros=0).members().tolist() == [*[-1] * 7, 0]
+    assert Sample.canonical(3).members().tolist() == list(range(8))
 
 
 def test_canonical_samples_have_every_pattern_once() -> None:
@@ -106,7 +136,10 @@ def test_leaving_out_keeps_dividing_by_n() -> None:
         (lambda: Sample.draw(3, 0, "sometimes"), "unknown event 'sometimes'"),  # type: ignore[arg-type]
         (lambda: Sample.draw(3, 0, "some", bit=2), "0 or 1, got 2"),
         (lambda: Sample.spurious(3, 0, 0), "needs a unanimous column"),
-        (lambda: Sample.lazy(3, 0, columns=-1), "must be >= 0, got -1"),
+        (lambda: Sample.spurious(2, 5, 5), r"5 columns of zeros and 5 of ones are more than the 2\^2 there are"),
+        (lambda: Sample.spurious(3, 1.5, 0), "zeros must be an integer >= 0, got 1.5"),  # type: ignore[arg-type]
+        (lambda: Sample.from_bits([[0, 1]]), "bits must be a tensor, got a list: convert it with torch.as_tensor"),  # type: ignore[arg-type]
+        (lambda: Sample.lazy(3, 0, columns=-1), "columns must be an integer >= 0, got -1"),
         (lambda: Sample.lazy(3, 0, columns=9), r"more than the 2\^3 there are"),
         (lambda: event_probability(3, "never"), "unknown event 'never'"),  # type: ignore[arg-type]
     ],

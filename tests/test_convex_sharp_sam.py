@@ -76,3 +76,12 @@ def test_any_displacement_maximises_in_the_flat_part() -> None:
 def test_bad_input(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SharpSAM1D(**arguments)
+
+
+def test_a_floor_needs_a_step_size_and_a_radius() -> None:
+    with pytest.raises(ValueError, match="lr must be finite and > 0, got nan"):
+        SharpSAM1D(0.1).floor(lr=math.nan, radius=0.4)
+    with pytest.raises(ValueError, match="radius must be finite and >= 0, got -1"):
+        SharpSAM1D(0.1).floor(lr=0.25, radius=-1.0)
+    with pytest.raises(ValueError, match="start must be finite, got '0'"):
+        SharpSAM1D("0")  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -171,11 +172,33 @@ def test_the_librarys_projected_ascent_is_no_better_than_the_maximum() -> None:
             lambda f: sagd(f, lr=0.1, radius=0.1, steps=3, tie_break="adversarial"),
             "unknown tie-breaking rule of DeadZone",
         ),
+        (
+            lambda f: sagd(f, lr=0.1, radius=0.1, steps=3, tie_break=None),
+            r"tie_break must be one of power, or a function \(w, radius, step\) -> v, got None",
+        ),
+        (
+            lambda f: sagd(f, lr=0.1, radius=0.1, steps=3, tie_break=lambda w, radius, step: w.numpy()),
+            "step 1: the oracle's displacement must be a tensor, got a ndarray",
+        ),
+        (lambda f: gd(f, lr=0.1, steps=3, start=[0.0] * 6), "start must be a tensor, got a list: convert it"),
+        (lambda f: gd(f, lr=0.1, steps=3, start=1j * torch.ones(6)), "start must be real, got torch.complex64"),
     ],
 )
 def test_bad_input(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(DeadZoneRegression(5, 6))
+
+
+def test_numbers_of_numpy_are_worked_with_in_double_precision() -> None:
+    f, start = DeadZoneRegression(5, 6), random_point(6, 0)
+    for run in (gd, sam, sagd):
+        single: dict[str, Any] = {"lr": np.float32(0.1), "radius": np.float32(0.3), "steps": np.int64(4)}
+        extra: dict[str, Any] = {"tie_break": "power", "iterations": np.int64(3)} if run is sagd else {}
+        if run is gd:
+            del single["radius"]
+        double = {name: value.item() for name, value in single.items()}
+        found, expected = (run(f, **chosen, **extra, start=start).values for chosen in (single, double))  # type: ignore[operator]
+        assert torch.equal(found, expected)
 
 
 def test_there_is_no_default_for_the_ties() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -124,3 +125,12 @@ def test_resuming_changes_no_bit(at: int) -> None:
 def test_settings_are_checked(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         EMA(nn.Linear(1, 1), **options)
+
+
+def test_a_decay_in_the_place_of_a_timescale_is_noticed() -> None:
+    with pytest.warns(UserWarning, match=r"A decay of 0.999 per step is timescale=999.5") as said:
+        EMA(nn.Linear(1, 1), 0.999)
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EMA(nn.Linear(1, 1), 1.0)

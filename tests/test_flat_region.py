@@ -393,10 +393,14 @@ def test_misuse_is_refused_before_anything_is_done() -> None:
         ({"draws": 3}, "draws=3 must be even"),
         ({"draws": 0}, "draws=0"),
         ({"std_weight": 1.0, "noise": [[torch.zeros(4, 3, 3, 3)]]}, "needs at least 2 draws, got 1"),
-        ({"prototype_weight": -1.0}, "must not be negative"),
+        ({"prototype_weight": -1.0}, "must be finite and >= 0"),
+        ({"std_weight": math.nan}, "std_weight=nan must be finite and >= 0"),
+        ({"noise": []}, "no draw to average over"),
     ):
         with pytest.raises(ValueError, match=message):
             region.loss(model, x, y, on_logits, **arguments)
+    with pytest.raises(ValueError, match="no draw to average over"):
+        region.backward(model, x, y, on_logits, noise=[])
     with pytest.raises(ValueError, match="does not hold parameter number 0"):
         region.loss(Embedder().double(), x, y, on_logits)
     assert same(bits(model), before)
@@ -407,3 +411,41 @@ def test_misuse_is_refused_before_anything_is_done() -> None:
     model.high.weight.data[0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="1 coordinates of the parameters are NaN"):
         region.project_()
+
+
+def test_a_state_with_other_settings_or_parts_is_refused_and_changes_nothing() -> None:
+    weight = torch.ones(3)
+    saved = FlatRegion([weight], 0.5).state_dict()
+    region = FlatRegion([weight], 0.01)
+    region.sample()
+    before = region.state_dict()
+    for state, message in (
+        (saved, r"saved with bound=0.5; this FlatRegion has bound=0.01"),
+        (FlatRegion([weight], 0.01, relative=True).state_dict(), "saved with relative=True"),
+        (FlatRegion([weight], 0.01, noise="beta_grid").state_dict(), "saved with noise='beta_grid'"),
+        (FlatRegion([torch.ones(2)], 0.01).state_dict(), "shapes"),
+        ({}, "not a state saved by FlatRegion: it has no 'center'"),
+        ({k: v for k, v in before.items() if k != "generator"}, "it has no 'generator'"),
+        ({**before, "generator": torch.zeros(3)}, "state of the noise"),
+        ({**before, "low": []}, "shapes"),
+        ({**before, "half": []}, "not all there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            region.load_state_dict(state)
+        for name, value in region.state_dict().items():
+            assert torch.equal(torch.stack(value), torch.stack(before[name])) if name in ("center", "low") else True
+        assert torch.equal(region.state_dict()["generator"], before["generator"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_centre_that_is_not_finite_is_refused(value: float) -> None:
+    weight = torch.ones(3)
+    region = FlatRegion([weight], 0.5)
+    weight[1] = value
+    with pytest.raises(ValueError, match=r"number 0 of shape \(3,\) is not finite"):
+        region.recenter()
+    with pytest.raises(ValueError, match="not finite"):
+        FlatRegion([weight], 0.5)
+    weight[1] = 9.0
+    assert region.project_() == Clamped(0, 1)
+    assert weight[1] == 1.5

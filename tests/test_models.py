@@ -18,6 +18,7 @@ SMALL: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("mlp", (1, 8, 8), {"hidden": (5, 4)}),
     ("convnet", (1, 8, 8), {"channels": (3, 4), "hidden": 5}),
     ("convnet", (2, 9, 12), {"channels": (3, 4), "hidden": 5, "norm": "batch"}),
+    ("convnet-bn", (1, 8, 8), {"channels": (3, 4), "hidden": 5}),
     ("resnet18", (3, 8, 8), {"width": 2}),
     ("mnist-cnn", (2, 8, 8), {"width": 8}),
     ("resnet-gn", (3, 8, 8), {"width": 8, "stem_stride": 2}),
@@ -30,7 +31,7 @@ def batch(shape: tuple[int, ...], rows: int = 4, dtype: torch.dtype = torch.floa
 
 
 def test_the_registry_describes_every_name() -> None:
-    assert list(MODELS) == ["mlp", "convnet", "resnet18", "resnet20", "mnist-cnn", "resnet-gn", "vit"]
+    assert list(MODELS) == ["mlp", "convnet", "convnet-bn", "resnet18", "resnet20", "mnist-cnn", "resnet-gn", "vit"]
     assert all(MODELS.values())
 
 
@@ -50,7 +51,7 @@ def linear(inputs: int, outputs: int) -> int:
 
 
 @given(st.lists(st.integers(1, 9), max_size=3), st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 5))
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 def test_mlp_is_the_formula(hidden: list[int], shape: list[int], classes: int) -> None:
     model = build("mlp", shape, classes, hidden=hidden).double()
     widths = [math.prod(shape), *hidden, classes]

@@ -348,6 +348,24 @@ def test_factors_at_certain_outputs_are_finite() -> None:
         assert vector.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("margin", [15.0, 20.0, 25.0, 40.0])
+def test_rows_of_a_network_that_is_certain_are_not_taken_for_coupled(margin: float, dtype: torch.dtype) -> None:
+    # As a network that fits its few rows to a loss of 1e-9: what is left of the curvature is rounding.
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        y = torch.randint(0, 10, (4,), generator=generator)
+        outputs = (3 * torch.randn(4, 10, generator=generator) + margin * F.one_hot(y, 10)).to(dtype)
+        found = output_curvature(lambda o, y=y: F.cross_entropy(o, y), outputs)
+        dense = torch.autograd.functional.hessian(lambda o, y=y: F.cross_entropy(o, y), outputs.double())
+        total = sum(
+            (v[:, :, None] * v[:, None, :] * (1.0 if s is None else s[:, None, None])).double()
+            for v, s in found.factors(slice(0, 4))
+        )
+        for i in range(4):
+            torch.testing.assert_close(total[i], dense[i, :, i], rtol=1e-3, atol=1e3 * torch.finfo(dtype).eps)
+
+
 def test_focal_loss_is_not_taken_for_cross_entropy() -> None:
     def focal(output: Tensor, target: Tensor) -> Tensor:
         p = output.softmax(1).gather(1, target[:, None])[:, 0]

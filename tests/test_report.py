@@ -16,6 +16,9 @@ from playwright.sync_api import Browser, Page
 from rich.console import Console
 
 from flatminima.report import labels, panels, plots, run_plots, tables, terminal
+from flatminima.report.compare_markdown import compare_markdown
+from flatminima.report.markdown import markdown
+from flatminima.report.methods_table import MANY, flatness_table, methods_table, turned, without
 from flatminima.report.numbers import difference, factor, integer, plain, with_error
 from flatminima.report.page import render
 from report_fixture import HOSTILE, LAYER, MEASURES, UNIT, make_results
@@ -213,6 +216,116 @@ def test_full_tables_equal_results() -> None:
         assert row[3]["text"] == results["audit"]["verdict"][name]
 
 
+MANY_METHODS = (
+    "sgd",
+    "sam",
+    "asam",
+    "friendly-sam",
+    "ae-sam",
+    "sa-gd",
+    "bsam",
+    "swa",
+    "tail",
+    "swad-released",
+    "asam+ema",
+)
+
+
+def test_a_row_per_method_equals_results() -> None:
+    results = make_results(methods=MANY_METHODS, failed=(("ae-sam", 0),))
+    rows = read(render(results)).tables["table-methods"][1:]
+    for summary, row in zip(results["methods"], rows, strict=True):
+        name, n, gradients, steps, accuracy, versus, p, corrected, loss = row
+        assert name["text"] == labels.method(summary["method"])
+        assert n["values"] == [summary["n"]]
+        assert gradients["values"] == [summary["gradient_evaluations"]["mean"]]
+        least, most = summary["steps"]["least"], summary["steps"]["most"]
+        assert steps["small"] == (f"{integer(least)} to {integer(most)}" if least < most else "")
+        stat = summary["test_accuracy"]
+        assert_shows(accuracy["text"], [100 * stat["mean"], 50 * (stat["high"] - stat["low"])])
+        assert_shows(
+            loss["text"],
+            [summary["test_loss"]["mean"], (summary["test_loss"]["high"] - summary["test_loss"]["low"]) / 2],
+        )
+        other = (summary["versus_first"] or {}).get("test_loss") or {"low": -1.0, "high": 1.0}
+        assert loss["small"].strip() == ("better" if other["high"] < 0 else "worse" if other["low"] > 0 else "")
+        pair = (summary["versus_first"] or {}).get("test_accuracy")
+        if pair is None:
+            assert {versus["text"], p["text"], corrected["text"]} == {"–"}
+        else:
+            assert_shows(versus["text"], [100 * pair[key] for key in ("difference", "low", "high")])
+            better = "better" if pair["low"] > 0 else "worse" if pair["high"] < 0 else ""
+            assert versus["small"].strip() == better
+            assert (p["values"], corrected["values"]) == ([pair["p"]], [pair["p_holm"]])
+    assert [row[0]["text"] for row in rows] == [
+        "SGD", "SAM", "ASAM", "Friendly-SAM", "AE-SAM", "SA-GD", "bSAM", "SWA", "Tail average", "SWAD (released)", "ASAM+EMA",
+    ]  # fmt: skip
+
+
+def test_flatness_by_method_shows_means_errors_and_verdicts() -> None:
+    results = make_results(methods=MANY_METHODS)
+    table = flatness_table(results)
+    names = [name for name in MEASURES if name != "parameter_norm"]
+    for summary, (_, *cells) in zip(results["methods"], table.rows, strict=True):
+        for name, cell in zip(names, cells, strict=True):
+            stat = summary["measures"][name]
+            assert_shows(cell.text, [stat["mean"], (stat["high"] - stat["low"]) / 2])
+            if stat["error"] > 1e-4 * stat["mean"]:
+                assert_shows(cell.detail, [stat["error"]])
+            else:
+                assert cell.detail == ""
+            pair = ((summary["versus_first"] or {}).get("measures") or {}).get(name)
+            assert cell.verdict == (
+                "" if pair is None or pair["high"] >= 0 >= pair["low"] else "flatter" if pair["high"] < 0 else "sharper"
+            )
+
+
+def test_many_methods_are_rows_on_the_page_and_in_the_terminal() -> None:
+    results = make_results(methods=MANY_METHODS)
+    assert len(MANY_METHODS) > MANY
+    page = read(render(results))
+    assert "Which of 10 methods find flatter minima than SGD, and which predict better?" in render(results)
+    for name, table in (
+        ("performance", tables.performance_table(results)),
+        ("measures", tables.measure_table(results)),
+    ):
+        head, *rows = page.tables[f"table-{name}"]
+        assert [row[0]["text"] for row in rows] == [labels.method(m) for m in MANY_METHODS]
+        assert [cell["text"] for cell in head[1:]] == [row[0].text for row in table.rows]
+        for row, column in zip(rows, zip(*(r[1:] for r in table.rows), strict=True), strict=True):
+            assert [cell["text"] for cell in row[1:]] == [cell.text for cell in column]
+    text = printed(terminal.compare_table(results), 200)
+    for table in (without(methods_table(results), "n", "p"), flatness_table(results)):
+        for row in table.rows:
+            for cell in row:
+                assert cell.text in text
+    few = printed(terminal.compare_table(make_results()), 200)
+    assert "Method by method" in text
+    assert "Method by method" not in few
+    assert not turned(tables.measure_table({"schema": 1, "runs": [], "methods": []}))
+
+
+def test_no_two_of_thirty_methods_look_alike() -> None:
+    assert len({(panels.colour(i), panels.symbol(i)) for i in range(30)}) == 30
+
+
+def test_markdown_holds_the_tables_and_breaks_none() -> None:
+    results = make_results(methods=MANY_METHODS)
+    text = compare_markdown(results)
+    assert text.startswith(results["answer"])
+    assert f"    $ {results['command']}" in text
+    for table in (methods_table(results), flatness_table(results)):
+        lines = markdown(table).splitlines()
+        assert len(lines) == len(table.rows) + 2
+        assert {line.count("|") for line in lines} == {len(table.columns) + 1}
+        assert all(line in text for line in lines)
+    hostile = compare_markdown(hostile_results())
+    assert "<script" not in hostile.split("\n\n", 2)[2]
+    assert compare_markdown({"schema": 1, "runs": [], "methods": []})
+    for case in MISSING_PARTS.values():
+        assert "None |" not in compare_markdown(case)
+
+
 def test_words_stand_only_where_the_interval_excludes_zero() -> None:
     results = make_results()
     table = tables.measure_table(results)
@@ -229,7 +342,7 @@ def test_words_stand_only_where_the_interval_excludes_zero() -> None:
 def test_every_table_and_plot_names_the_command() -> None:
     results = make_results(failed=(("sgd", 0),))
     figures = read(render(results)).figures
-    assert len(figures) == 9 + 7
+    assert len(figures) == 10 + 7
     assert {figure["code"] for figure in figures} == {results["command"]}
 
 

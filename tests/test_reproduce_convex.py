@@ -300,6 +300,22 @@ def test_the_page_needs_no_network_and_escapes_text(kept: dict[str, Any]) -> Non
         render_convex(kept | {"schema": 7})
 
 
+def test_every_colour_along_the_run_has_its_line_in_the_legend(kept: dict[str, Any]) -> None:
+    page = render_convex(kept)
+    figure = page[page.index('id="plots-run"') : page.index('id="plots-every"')]
+    explained = {
+        int(index): label
+        for index, label in re.findall(r"fill: var\(--method-(\d)\).*?</svg>(.*?)</li>", figure, re.DOTALL)
+    }
+    drawn = {int(index) for index in re.findall(r'"color":"var\(--method-(\d)\)"', figure)}
+    assert drawn == set(explained)
+    for share, steps in (("¾", 48), ("½", 32), ("¼", 16)):
+        (index,) = (index for index, label in explained.items() if share in label)
+        assert re.search(
+            rf'"color":"var\(--method-{index}\)"[^{{}}]*}},"mode":"lines","name":"mean of w_{steps} ', figure
+        )
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
 def test_the_page_draws_every_plot_and_does_not_overflow(
     browser: Browser, kept: dict[str, Any], tmp_path: Path, width: int, scheme: Any

@@ -579,3 +579,79 @@ def test_a_vector_is_no_loss_and_weights_belong_to_closures() -> None:
 
 
 Closure = Callable[[], Tensor]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_m_sam_skips_a_step_whose_first_pass_alone_is_not_finite(scaled: bool, count: int) -> None:
+    x, y = rows(torch.float32)
+    model = net(torch.float32)
+    opt, calls = SAM(sgd(model), 0.3, variant="m-sam"), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+    before = weights(model)
+
+    def broken() -> Tensor:
+        calls.append(0)
+        return F.cross_entropy(model(x), y) * (math.inf if len(calls) == 1 else 1.0)
+
+    opt.step([broken] * count, scaler=scaler)
+    assert len(calls) == 2 * count
+    assert opt.skipped == 1
+    assert opt.skip_reason is not None
+    assert opt.skip_reason.startswith("first pass of step 0: the gradient of parameter 0 of group 0 is NaN")
+    assert same(weights(model), before)
+    if scaled:
+        scaler.update()
+        assert scaler.get_scale() == 2.0**9
+    opt.step([broken] * count, scaler=scaler)
+    assert not same(weights(model), before)
+
+
+@pytest.mark.parametrize("variant", ["sam", "asam", "gsam", "friendly-sam"])
+def test_a_tiny_gradient_in_half_precision_moves_by_rho_all_the_same(variant: str) -> None:
+    """rho over its norm is more than half precision can hold."""
+    w = nn.Parameter(torch.ones(2, 2).half())
+    opt = SAM(torch.optim.SGD([w], lr=0.1), rho=0.05, variant=variant)
+    w.grad = torch.full_like(w, 3e-7)
+    with opt.perturbed() as info:
+        assert info.radius == pytest.approx(0.05 * (1.01 if variant == "asam" else 1.0), rel=0.05)
+    assert torch.equal(w.detach(), torch.ones_like(w))
+    opt.step(lambda: (w * 3e-7).sum())
+    assert opt.skipped == 0
+
+
+@pytest.mark.parametrize("saved", ["friendly-sam", "looksam", "ae-sam", "every-k", "random", "probability"])
+def test_what_another_variant_remembers_is_refused_before_anything_changes(saved: str) -> None:
+    x, y = rows()
+
+    def trained(variant: str) -> SAM:
+        model = net()
+        opt = SAM(adamw(model), 0.1, variant=variant)
+        for _ in range(3):
+            opt.step(lambda: F.cross_entropy(model(x), y))
+        return opt
+
+    state = trained(saved).state_dict()
+    for variant in ("sam", "ae-sam", "looksam", "friendly-sam"):
+        opt = trained(variant)
+        if variant == saved:
+            opt.load_state_dict(state)
+            continue
+        before = copy.deepcopy(opt.state_dict())
+        state["param_groups"][0]["lr"] = 7.0
+        with pytest.raises(ValueError, match=r"the checkpoint holds what .* remembered; this optimiser is made of"):
+            opt.load_state_dict(state)
+        after = opt.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        for mine, theirs in zip(after["state"].values(), before["state"].values(), strict=True):
+            assert all(torch.equal(mine[k], theirs[k]) or bool(mine[k].isnan().all()) for k in theirs)
+        opt.base.load_state_dict(state)
+        state["param_groups"][0]["lr"] = 0.01
+
+
+def test_a_vector_of_another_shape_is_refused_before_anything_changes() -> None:
+    a, b = (SAM(torch.optim.SGD([nn.Parameter(torch.ones(n))], lr=0.1), variant="friendly-sam") for n in (2, 3))
+    a.param_groups[0]["lr"] = 7.0
+    with pytest.raises(ValueError, match=r"mean of parameter 0 has shape \(2,\), the parameter \(3,\)"):
+        b.load_state_dict(a.state_dict())
+    assert b.param_groups[0]["lr"] == 0.1

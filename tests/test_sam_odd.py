@@ -510,3 +510,16 @@ def test_bsam_refuses_parameters_it_cannot_learn_a_precision_for() -> None:
     for parameters in ([nn.Parameter(torch.ones(2, dtype=torch.bfloat16))], [nn.Parameter(torch.ones(2).cfloat())]):
         with pytest.raises(ValueError, match=r"whole real parameters .* got torch\."):
             BSAM(parameters, rows=10)
+
+
+def test_bsam_checks_groups_that_are_added() -> None:
+    opt = BSAM([nn.Parameter(torch.ones(2))], rows=10)
+    for group, message in (
+        ({"params": [nn.Parameter(torch.ones(2).half())]}, r"whole real parameters .* got torch\.float16"),
+        ({"params": [nn.Parameter(torch.ones(2))], "lr": -1.0}, "lr must be finite and >= 0, got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            opt.add_param_group(group)
+        assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.5})
+    assert [group["lr"] for group in opt.param_groups] == [0.1, 0.5]

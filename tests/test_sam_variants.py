@@ -572,3 +572,68 @@ def test_a_value_out_of_range_is_refused_before_anything_changes(variant: str, o
     with pytest.raises(ValueError, match=message):
         SAM(base, variant=variant, **options)
     assert "rho" not in base.param_groups[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 10, 1000, 100_000])
+def test_looksam_does_not_keep_a_direction_of_rounding_noise(size: int, dtype: torch.dtype) -> None:
+    """On half the squared length all gradients are parallel, and the step between two looks is the base's."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        w = nn.Parameter(torch.randn(size).to(dtype))
+        opt = SAM(torch.optim.SGD([w], lr=0.1), rho=0.05, variant="looksam")
+        opt.step(lambda w=w: 0.5 * (w**2).sum())
+        before = w.detach().clone()
+        opt.step(lambda w=w: 0.5 * (w**2).sum())
+        assert torch.equal(w.detach(), before.add(before, alpha=-0.1))
+
+
+def test_looksam_forgets_a_direction_that_is_gone() -> None:
+    w = nn.Parameter(torch.tensor([1.0, 2.0]))
+    opt = SAM(torch.optim.SGD([w], lr=0.1), rho=0.05, variant="looksam", k=2)
+    opt.step(lambda: w[0] ** 2 + 3 * w[1] ** 2)
+    assert len(opt._engine._memory["across"]) == 1
+    opt.step(lambda: (w**2).sum())
+    opt.step(lambda: (w**2).sum())
+    assert not opt._engine._memory
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "sa-gd", "when": Every(2)}, r"projected ascent follows the gradient, at every step.*Every"),
+        ({"variant": "sa-gd", "direction": Adaptive()}, "projected ascent follows the gradient.*Adaptive"),
+        ({"variant": "sa-gd", "decay_in_ascent": True}, "projected ascent does not use it: leave it out"),
+        ({"variant": "msam", "decay_in_ascent": True}, "Momentum does not use it: leave it out"),
+        ({"variant": "random", "decay_in_ascent": True}, "Noise does not use it: leave it out"),
+    ],
+)
+def test_parts_that_would_be_ignored_are_refused(options: Any, message: str) -> None:
+    base = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match=message):
+        SAM(base, **options)
+    assert "rho" not in base.defaults
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"when": Every}, r"when must be a policy such as Every\(2\), got <class"),
+        ({"direction": "asam"}, r"direction must be a policy such as Adaptive\(\), got 'asam'; .* give variant="),
+        ({"direction": Adaptive}, "direction must be a policy"),
+        ({"combine": SurrogateGap}, "combine must be a policy"),
+        ({"combine": Every(2)}, "combine must be a policy"),
+    ],
+)
+def test_what_is_no_policy_is_refused(part: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        SAM(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), **part)
+
+
+@pytest.mark.parametrize(("steps", "bad", "name"), [(5, 1, "1st"), (5, 2, "2nd"), (5, 3, "3rd"), (12, 11, "11th")])
+def test_sa_gd_names_the_pass_that_was_not_finite(steps: int, bad: int, name: str) -> None:
+    w, calls = nn.Parameter(torch.tensor([1.0, 2.0])), []
+    opt = SAM(torch.optim.SGD([w], lr=0.1), variant="sa-gd", steps=steps)
+    opt.step(lambda: (calls.append(0), (w**2).sum() * (math.nan if len(calls) == bad else 1.0))[1])
+    assert opt.skip_reason is not None
+    assert opt.skip_reason.startswith(f"{name} pass of step 0: the gradient of")

@@ -746,3 +746,38 @@ def test_averaged_buffers_follow_the_valley() -> None:
     with swad.swapped():
         assert model[1].running_mean.tolist() == [2.0, 2.0]
     assert model[1].running_mean.tolist() == [5.0, 5.0]
+
+
+def test_it_has_what_the_other_averages_have() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    swad = SWAD(model, n_converge=2, n_tolerance=2)
+    assert (swad.names, swad.n, swad.step) == (("weight",), 0, -1)
+    with pytest.raises(RuntimeError, match="no average yet"):
+        swad.tensors()
+    for weight, loss in enumerate([3.0, 1.0, 1.1, 1.2, 9.0, 9.0]):
+        _ = nn.init.constant_(model.weight, weight)
+        swad.update()
+        swad.evaluate(loss)
+    result = swad.finalize()
+    assert (swad.n, swad.step) == (result.n, 5)
+    assert torch.equal(swad.tensors()[0], result.tensors[0])
+
+
+@pytest.mark.parametrize("value", ["0.5", True, None, [0.5]])
+def test_what_is_no_number_is_no_value(value: Any) -> None:
+    swad = SWAD(nn.Linear(1, 1))
+    swad.update()
+    with pytest.raises(TypeError, match=r"evaluate\(\) takes one number, got"):
+        swad.evaluate(value)
+    swad.evaluate(torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize("name", ["step", "evaluated", "value"])
+def test_a_state_whose_counts_are_no_numbers_is_refused(name: str) -> None:
+    swad = SWAD(nn.Linear(1, 1))
+    swad.update()
+    swad.evaluate(1.0)
+    before = swad.status
+    with pytest.raises(ValueError, match=f"its '{name}' is 'x', expected a number"):
+        swad.load_state_dict({**swad.state_dict(), name: "x"})
+    assert swad.status == before

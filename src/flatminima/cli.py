@@ -25,13 +25,15 @@ from flatminima.models import MODELS
 from flatminima.objective import SECOND_ORDER, NonFiniteLossError, Objective, ObjectiveError
 from flatminima.protocols import reproduce_convex, reproduce_factorization
 from flatminima.report import render
+from flatminima.report.compare_markdown import compare_markdown
 from flatminima.report.convex_page import render_convex, zoo_table
 from flatminima.report.factorization_page import render_factorization
 from flatminima.report.terminal import audit_table, compare_table, measurement_tables, reproduction_tables
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
 from flatminima.study.measure_settings import MATRICES
-from flatminima.study.settings import DEFAULT_EPOCHS, METHODS, CompareSettings, SettingsError
+from flatminima.study.methods import AVERAGES, OPTIMIZERS
+from flatminima.study.settings import DEFAULT_EPOCHS, CompareSettings, SettingsError
 from flatminima.study.store import StoreError, write_json, write_text
 from flatminima.study.target import Target, TargetError, first_rows, load_target
 
@@ -78,7 +80,11 @@ def compare(
     data: Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")] = _DEFAULTS.data,
     model: Annotated[str, typer.Option(help=f"Network: {', '.join(MODELS)}.")] = _DEFAULTS.model,
     methods: Annotated[
-        str, typer.Option(help=f"Comma-separated; the others are compared to the first. Known: {', '.join(METHODS)}.")
+        str,
+        typer.Option(
+            help=f"Comma-separated; the others are compared to the first. Optimisers: {', '.join(OPTIMIZERS)}. Averages: "
+            f"{', '.join(AVERAGES)}. Both: OPTIMISER+AVERAGE, as in asam+ema. all: each optimiser and each average."
+        ),
     ] = ",".join(_DEFAULTS.methods),
     seeds: Annotated[int, typer.Option(help="Runs per method.")] = _DEFAULTS.seeds,
     epochs: Annotated[
@@ -95,12 +101,17 @@ def compare(
     schedule: Annotated[
         str, typer.Option(help="Learning rate: constant (as SWAD assumes) or cosine.")
     ] = _DEFAULTS.schedule,
-    rho: Annotated[float, typer.Option(help="Radius of SAM, and of SAM sharpness.")] = _DEFAULTS.rho,
+    rho: Annotated[
+        float, typer.Option(help="Radius of SAM and its variants (ASAM: ten times it), and of SAM sharpness.")
+    ] = _DEFAULTS.rho,
     tolerance: Annotated[
         float, typer.Option(help="Rise of the validation loss that ends SWAD's valley.")
     ] = _DEFAULTS.tolerance,
     train_size: Annotated[int | None, typer.Option(help="Training rows to keep (default all).")] = None,
     data_seed: Annotated[int, typer.Option(help="Seed of the split, the same for all runs.")] = _DEFAULTS.data_seed,
+    monitor_rows: Annotated[
+        int | None, typer.Option(help="Validation rows behind the loss that SWAD watches (default 2000).")
+    ] = None,
     measure_rows: Annotated[int, typer.Option(help="Training rows the measures see.")] = _DEFAULTS.measure_rows,
     audit_rows: Annotated[int, typer.Option(help="Training rows the audit sees.")] = _DEFAULTS.audit_rows,
     audit_members: Annotated[
@@ -117,8 +128,8 @@ def compare(
         data=data, model=model, methods=tuple(m.strip() for m in methods.split(",") if m.strip()), seeds=seeds,
         epochs=epochs, steps=steps, budget=budget, batch_size=batch_size, lr=lr, momentum=momentum,
         weight_decay=weight_decay, schedule=schedule, rho=rho, tolerance=tolerance, train_size=train_size,
-        data_seed=data_seed, measure_rows=measure_rows, audit_rows=audit_rows, audit_members=audit_members,
-        device=str(_device(device)),
+        data_seed=data_seed, monitor_rows=monitor_rows, measure_rows=measure_rows, audit_rows=audit_rows,
+        audit_members=audit_members, device=str(_device(device)),
     )  # fmt: skip
     if workers is not None and workers < 1:
         raise SettingsError(f"--workers must be at least 1, got {workers}")
@@ -153,6 +164,7 @@ def compare(
         sys.exit(130)
     page = out / "report.html"
     write_text(page, render(results))
+    write_text(out / "table.md", compare_markdown(results))
     _out.print(compare_table(results))
     _out.print(str((out / "results.json").resolve()), highlight=False, markup=False, soft_wrap=True)
     _out.print(str(page.resolve()), highlight=False, markup=False, soft_wrap=True)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from flatminima.vectors import SMALL, dot, norm
+
+_MARK = "_flatminima_elsewhere"
+_LARGEST_HALF = torch.finfo(torch.float16).max
 
 
 class Perturbation:
@@ -100,11 +103,11 @@ class Perturbation:
                 for i, (target, factor) in enumerate(zip(targets, scales, strict=True)):
                     directions.add_to(i, target, factor)
             elif len(set(scales)) == 1:
-                torch._foreach_add_(targets, list(directions), alpha=scales[0])
+                add(targets, list(directions), scales[0])
             else:
                 for factor in dict.fromkeys(scales):
                     chosen = [i for i, s in enumerate(scales) if s == factor]
-                    torch._foreach_add_([targets[i] for i in chosen], [directions[i] for i in chosen], alpha=factor)
+                    add([targets[i] for i in chosen], [directions[i] for i in chosen], factor)
         # Within one autocast block a pass would find the weights of the pass before, cast and kept.
         torch.clear_autocast_cache()
 
@@ -169,6 +172,30 @@ class Perturbation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.restore()
+
+
+def add(targets: list[Tensor], directions: list[Tensor], factor: float) -> None:
+    """``target += factor * direction``, in single precision where the factor is too large for half precision."""
+    if abs(factor) > _LARGEST_HALF and torch.float16 in {t.dtype for t in targets}:
+        for target, direction in zip(targets, directions, strict=True):
+            wide = torch.promote_types(target.dtype, torch.float32)
+            target.copy_(target.to(wide).add_(direction, alpha=factor))
+    else:
+        torch._foreach_add_(targets, directions, alpha=factor)
+
+
+def mark(tensors: Iterable[Tensor], why: str | None) -> None:
+    """Say that these tensors do not hold the weights being trained, and why; None when they do again."""
+    for tensor in tensors:
+        if why is None:
+            vars(tensor).pop(_MARK, None)
+        else:
+            setattr(tensor, _MARK, why)
+
+
+def marked(tensor: Tensor) -> str | None:
+    """Why this tensor does not hold the weight being trained, as :func:`mark` has it."""
+    return getattr(tensor, _MARK, None)
 
 
 def _packable(tensors: Sequence[Tensor]) -> bool:

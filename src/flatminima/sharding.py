@@ -35,6 +35,20 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     return local(distribute_tensor(whole.to(mesh.device_type), mesh, placements, src_data_rank=None))
 
 
+def sharded_like(shard: Tensor, like: Tensor) -> Tensor:
+    """A sharded tensor of which this process holds ``shard``, cut as ``like`` is; the shard itself where ``like`` is not."""
+    if not is_sharded(like):
+        return shard
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    placements = like.placements  # type: ignore[attr-defined]
+    # DTensor.from_local of the very class: its module has moved between versions of torch.
+    kind: Any = next(k for k in type(like).__mro__ if k.__name__ == "DTensor")
+    whole: Tensor = kind.from_local(
+        shard.to(mesh.device_type), mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return whole
+
+
 def sharding_modules(model: nn.Module) -> list[Any]:
     """The modules that ``fully_shard`` was applied to, outermost first."""
     return [m for m in model.modules() if type(m).__name__.startswith("FSDP") and callable(getattr(m, "reshard", None))]

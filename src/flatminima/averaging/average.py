@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from flatminima.averaging.mean import Mean
 from flatminima.averaging.parameters import BufferPolicy, ModelOrParameters, ParameterSet
 
+_LOOK = 1000  # updates between two looks for replaced parameters, which walk through the whole model
+
 
 class WeightAverage(ABC):
     """Base of the averages that look at nothing but the steps: SWA, EMA, LAWA and the tail average.
@@ -22,7 +24,9 @@ class WeightAverage(ABC):
 
     Args:
         model_or_params: a module, or its parameters, or its ``named_parameters()``. Only trainable ones are averaged;
-            a parameter that appears twice counts once. The set is fixed now: later freezing changes nothing.
+            a parameter that appears twice counts once. The set is fixed now: one that is frozen later is still averaged, and
+            one that is added or unfrozen later never is and keeps its value where the average is written. Make a new average
+            after changing what trains.
         start: step of the first update that counts.
         every: count one step in so many.
         dtype: keep the average at least this wide; float32 or the parameter's own dtype if that is wider by default.
@@ -97,10 +101,13 @@ class WeightAverage(ABC):
         """Take the current weights into the average, if it is their turn. Call it after every ``optimizer.step()``.
 
         Raises:
-            RuntimeError: called inside ``swapped()``.
-            ValueError: a parameter changed its shape, device or dtype. Nothing is changed then.
+            RuntimeError: called inside ``swapped()`` of this or another average, or while the weights are perturbed.
+            ValueError: a parameter changed its shape, device or dtype. Nothing is changed then. So is a parameter that was
+                replaced by another object, at the latest when the average is used: updates look for that once in a while.
         """
         self._parameters.require_not_swapped("update()")
+        if (self._step + 1) % _LOOK == 0:
+            self._parameters.require_unreplaced()
         late = self._step + 1 - self.start
         if late >= 0 and late % self.every == 0:
             self._take(self._parameters.values())
@@ -111,8 +118,9 @@ class WeightAverage(ABC):
 
         Raises:
             RuntimeError: no update has counted yet.
-            ValueError: the average is not finite.
+            ValueError: the average is not finite, or a parameter was replaced.
         """
+        self._parameters.require_unreplaced()
         return self._parameters.export(self._usable())
 
     @contextmanager
@@ -133,7 +141,7 @@ class WeightAverage(ABC):
         """Write the average into ``model`` for good, in place. Frozen parameters stay as they are.
 
         Raises:
-            RuntimeError: no update has counted yet, or called inside ``swapped()``.
+            RuntimeError: no update has counted yet, or called where :meth:`update` may not be.
             ValueError: the average is not finite, or ``model`` does not fit it.
         """
         self._parameters.copy(self._usable(), model)
@@ -153,7 +161,7 @@ class WeightAverage(ABC):
         require_state(type(self).__name__, state, self.state_dict(), self._settings())
         self._parameters.require_state(state)
         self._restore(state, self._parameters.values())
-        self._step = int(state["step"])
+        self._step = state["step"]
 
     def _settings(self) -> dict[str, Any]:
         return {"start": self.start, "every": self.every, "buffers": self._parameters.buffers, **self._config()}
@@ -183,6 +191,11 @@ def require_state(kind: str, state: dict[str, Any], current: dict[str, Any], con
             raise ValueError(f"This is not a state saved by {kind}: it has no {', '.join(map(repr, sorted(missing)))}.")
 
     require([name for name in current if name not in state])
+    for name, value in current.items():
+        if isinstance(value, int | float) and not isinstance(state[name], type(value) | int):
+            raise ValueError(
+                f"This is not a state saved by {kind}: its {name!r} is {state[name]!r}, expected a number."
+            )
     if state["config"] != config:
         differing = [name for name in config if state["config"].get(name) != config[name]]
         saved, here = (", ".join(f"{name}={c.get(name)!r}" for name in differing) for c in (state["config"], config))

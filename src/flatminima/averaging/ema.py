@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -37,7 +38,8 @@ class EMA(WeightAverage):
 
     Args:
         model_or_params: as in :class:`~flatminima.averaging.WeightAverage`, like the other arguments not listed here.
-        timescale: steps after which an iterate's weight has fallen to 1/e. Positive.
+        timescale: steps after which an iterate's weight has fallen to 1/e. Positive; warns below 1, where a decay was
+            probably meant.
         warmup: the weights of the first iterates, see above.
 
     Cost: no gradient evaluation; one pass over the parameters per step that counts; one copy of them in memory.
@@ -76,6 +78,12 @@ class EMA(WeightAverage):
             )
         if warmup not in get_args(Warmup):
             raise ValueError(unknown("warmup", warmup, get_args(Warmup)))
+        if timescale < 1:
+            warnings.warn(
+                f"timescale={timescale} remembers less than one step: it is a number of steps, not a decay. "
+                f"A decay of {timescale} per step is timescale={-1 / math.log(timescale):.4g}.",
+                stacklevel=2,
+            )
         super().__init__(model_or_params, start=start, every=every, dtype=dtype, device=device, buffers=buffers)
         self.timescale = float(timescale)
         self.warmup: Warmup = warmup

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from flatminima.averaging.mean import Mean
 from flatminima.names import unknown
-from flatminima.sharding import is_sharded, local, reshard
+from flatminima.perturbation import mark, marked
+from flatminima.sharding import is_sharded, local, reshard, sharded_like
 
 ModelOrParameters: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 BufferPolicy: TypeAlias = Literal["keep", "copy", "average"]
+
+_SWAPPED = "the model holds an average: leave the swapped() block first"
 
 
 class ParameterSet:
@@ -68,12 +71,14 @@ class ParameterSet:
         return repr(self.names[index]) if self.names else f"number {index}"
 
     def require_not_swapped(self, action: str) -> None:
-        """Refuse ``action`` while the average stands in for the training weights."""
+        """Refuse ``action`` while the parameters do not hold the weights being trained."""
         if self._swapped:
             raise RuntimeError(
                 f"{action} was called inside swapped(), where the model holds the average. "
                 "Leave the with-block first: the average is made of, and judged by, the weights being trained."
             )
+        if (why := marked(self.tensors[0])) is not None:
+            raise RuntimeError(f"{action} was called while {why}")
 
     def require_unreplaced(self) -> None:
         """Refuse a model one of whose averaged parameters is now another object: its updates would be missed."""
@@ -114,12 +119,17 @@ class ParameterSet:
         if not self.sharded:
             return tuple(copies)
         likes = [*self.tensors, *self._buffer_values()]
-        return tuple(_like_sharded(copy, like) for copy, like in zip(copies, likes, strict=True))
+        return tuple(sharded_like(copy, like) for copy, like in zip(copies, likes, strict=True))
 
     def copy(self, mean: Mean, model: nn.Module | None) -> None:
         """Write ``mean`` into ``model`` for good, in place, in the parameters' own dtype."""
-        self.require_not_swapped("copy_to()")
-        self._write(mean, model, self._targets(mean, model))
+        if self._swapped:
+            self.require_not_swapped("copy_to()")
+        targets = self._targets(mean, model)
+        why = next(filter(None, map(marked, self._parameters_of(model))), None)
+        if why is not None:
+            raise RuntimeError(f"copy_to() was called while {why}; what it wrote would be lost then")
+        self._write(mean, model, targets)
 
     @contextmanager
     def swapped(self, mean: Mean, model: nn.Module | None) -> Iterator[None]:
@@ -130,6 +140,9 @@ class ParameterSet:
         buffers = [] if holder is None else _saved_buffers(holder)
         live = int(any(target is own for target, own in zip(targets, self.values(), strict=True)))
         self._swapped += live
+        holding = self._parameters_of(model)
+        marks = [marked(tensor) for tensor in holding]
+        mark(holding, _SWAPPED)
         try:
             self._write(mean, model, targets)
             yield
@@ -141,6 +154,8 @@ class ParameterSet:
                 for owner, name, buffer, value in buffers:
                     owner._buffers[name] = buffer  # a forward pass may have put another tensor in its place
                     buffer.copy_(value)
+            for tensor, before in zip(holding, marks, strict=True):
+                mark([tensor], before)
             self._swapped -= live
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,12 +202,18 @@ class ParameterSet:
 
     def _parameters_of(self, model: nn.Module | None) -> Sequence[Tensor]:
         """Themselves, or those of ``model`` by name, or by order."""
-        if model is None:
+        if model is None or model is self.model:
             self.require_unreplaced()
             return self.tensors
         inside = {id(parameter) for parameter in model.parameters()}
-        if all(id(tensor) in inside for tensor in self.tensors):
+        own = [id(tensor) in inside for tensor in self.tensors]
+        if all(own):
             return self.tensors
+        if any(own) and self.model is None:
+            raise ValueError(
+                f"Parameter {self.label(own.index(False))} was replaced or removed after the average was made, so the average "
+                "does not follow the model. Change the model first and make the average afterwards."
+            )
         if self.parameter_names is not None:
             present = dict(model.named_parameters(remove_duplicate=False))
             missing = [name for name in self.parameter_names if name not in present]
@@ -230,18 +251,6 @@ class ParameterSet:
                     if name in present and present[name].shape == buffer.shape:
                         present[name].copy_(buffer)
             torch._foreach_copy_(targets, mean.tensors)
-
-
-def _like_sharded(shard: Tensor, like: Tensor) -> Tensor:
-    if not is_sharded(like):
-        return shard
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    # DTensor.from_local of the very class: its module has moved between versions of torch.
-    kind: Any = next(k for k in type(like).__mro__ if k.__name__ == "DTensor")
-    whole: Tensor = kind.from_local(
-        shard.to(mesh.device_type), mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-    return whole
 
 
 def _named(model_or_params: ModelOrParameters) -> list[tuple[str | None, Tensor]]:

@@ -115,11 +115,27 @@ class SWAD:
         self._infinite: list[int] = []
         self._dropped: list[tuple[int, int, str]] = []
 
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Names of what is averaged, or None where parameters were given without names."""
+        return self._parameters.names
+
+    @property
+    def step(self) -> int:
+        """Step of the latest ``update()``; -1 before the first."""
+        return self._step
+
+    @property
+    def n(self) -> int:
+        """How many iterates the average holds now; 0 while there is none."""
+        chosen = self._rule.chosen() if self._evaluated >= 0 else None
+        return 0 if chosen is None else self._count(chosen)
+
     def update(self) -> None:
         """Take in the current weights. Call it after every ``optimizer.step()``; the first call is step 0.
 
         Raises:
-            RuntimeError: called inside ``swapped()``.
+            RuntimeError: called inside ``swapped()`` of this or another average, or while the weights are perturbed.
             ValueError: a parameter changed its shape or device. Nothing is changed then.
         """
         self._parameters.require_not_swapped("update()")
@@ -137,7 +153,8 @@ class SWAD:
             the status; training can stop once ``dead`` is true.
 
         Raises:
-            RuntimeError: no ``update()`` since the last evaluation, or called inside ``swapped()``.
+            RuntimeError: no ``update()`` since the last evaluation, or called where ``update()`` may not be.
+            TypeError: ``value`` is no number.
             ValueError: ``value`` is not one number, is ``<= 0`` with a relative tolerance or not finite with
                 ``nan="raise"``, or the model's parameters were replaced. Nothing is changed then.
         """
@@ -176,20 +193,27 @@ class SWAD:
             ValueError: variant "released", and an averaged segment held non-finite weights.
         """
         segment = self._chosen()
-        votes = self._rule.votes()
         return SWADResult(
             tensors=self._parameters.export(segment.mean),
             names=self._parameters.names,
             start_step=segment.first,
             end_step=segment.last,
-            n=segment.mean.n if votes is None else sum(last - first + 1 for first, last, _ in votes),
+            n=self._count(segment),
             converged=self._rule.threshold is not None,
             threshold=self._threshold(),
             detected_at=self._rule.detected,
             stopped_at=self._rule.stopped,
             notes=tuple(self._notes(segment)),
-            votes=votes,
+            votes=self._rule.votes(),
         )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """A copy of the averaged tensors, float32 or wider, in the order of ``names``; sharded ones as DTensors.
+
+        Raises:
+            RuntimeError, ValueError: as by :meth:`finalize`.
+        """
+        return self._parameters.export(self._chosen().mean)
 
     @contextmanager
     def swapped(self, model: nn.Module | None = None) -> Iterator[None]:
@@ -249,6 +273,11 @@ class SWAD:
         self._current = current
         self._infinite = list(state["infinite"])
         self._dropped = [(first, last, label) for first, last, label in state["dropped"]]
+
+    def _count(self, segment: Segment) -> int:
+        """How many iterates have a vote in what was chosen."""
+        votes = self._rule.votes()
+        return segment.mean.n if votes is None else sum(last - first + 1 for first, last, _ in votes)
 
     def _agreed(self, value: float | Tensor) -> float | Tensor:
         """The value of the group's first process, for all of them."""

@@ -56,6 +56,8 @@ class Metric:
             raise ValueError(
                 f"evaluate() takes one number, got a tensor of shape {tuple(value.shape)}. Reduce it first."
             )
+        if isinstance(value, bool) or not hasattr(value, "__float__"):
+            raise TypeError(f"evaluate() takes one number, got {value!r}. Pass the validation loss itself.")
         number = float(value)
         if self.tolerance_mode == "relative" and math.isfinite(number) and number <= 0:
             raise ValueError(

@@ -57,8 +57,11 @@ def output_curvature(loss: Callable[[Tensor], Tensor], outputs: Tensor) -> Outpu
     vector, scales = draw(*flat.shape), draw(flat.shape[0], 1)
     image = product(vector)
     largest = float(image.abs().max())
-    # Between outputs that are all but certain there is nothing but rounding to compare; outputs of ordinary size tell.
-    if _coupled(product, vector, scales) and _coupled(product_at(flat + draw(*flat.shape)), vector, scales):
+    # Between outputs that are all but certain there is nothing but rounding to compare, also a little away from them;
+    # outputs of ordinary size tell. The draws are made only where the ones before did not settle it.
+    if _coupled(product, vector, scales) and all(
+        _coupled(product_at(at + draw(*flat.shape)), vector, scales) for at in (flat, torch.zeros_like(flat))
+    ):
         raise CoupledRowsError(
             "the loss of one row depends on the outputs of other rows; a mean over rows of a loss of their own is needed"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -20,6 +21,7 @@ from flatminima.names import unknown
 _BUILDERS: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "mlp": (mlp, "multilayer perceptron with ReLU; option hidden"),
     "convnet": (convnet, "small convolutional network with ReLU; options channels, hidden, norm (none or batch)"),
+    "convnet-bn": (functools.partial(convnet, norm="batch"), "the same with BatchNorm; options channels, hidden, norm"),
     "resnet18": (resnet18, "ResNet-18, BatchNorm; options width, stem (small, for 32x32 pictures, or imagenet)"),
     "resnet20": (resnet20, "ResNet-20 for 32x32 pictures, BatchNorm; options width, blocks (1: ResNet-8)"),
     "mnist-cnn": (mnist_cnn, "DomainBed's network for MNIST, GroupNorm; option width"),

@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatminima.optim.closures import Work, evaluate, outside_inference_mode
+from flatminima.optim.closures import Work, evaluate, only_initialises, outside_inference_mode
 from flatminima.optim.passes import Passes, weighted
-from flatminima.perturbation import Perturbation
+from flatminima.perturbation import Perturbation, marked
 from flatminima.sharding import is_sharded
 from flatminima.vectors import dense, norm
+
+Groups = list[tuple[dict[str, Any], Tensor]]  # each parameter with its group
 
 
 class BSAM(torch.optim.Optimizer):
@@ -68,28 +70,21 @@ class BSAM(torch.optim.Optimizer):
         replay_rng: bool = True,
         seed: int = 0,
     ) -> None:
-        if not (isinstance(rows, int) and rows >= 1):
-            raise ValueError(f"rows is the number of training examples, an integer >= 1, got {rows!r}")
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("rho", rho), ("damping", damping)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and >= 0, got {value}")
-        if not (math.isfinite(initial_precision) and initial_precision > 0):
-            raise ValueError(f"initial_precision must be finite and > 0, got {initial_precision}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {betas}")
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "rho": rho, "damping": damping}
         super().__init__(params, {**defaults, "initial_precision": initial_precision, "rows": rows, "steps": 0})
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if p.dtype.itemsize < 4 or p.is_complex() or is_sharded(p):
-                raise ValueError(
-                    f"bSAM learns a precision for every weight, in the weight's own dtype: it takes whole real parameters of "
-                    f"single precision or more, got {p.dtype} {'sharded ' if is_sharded(p) else ''}of shape {tuple(p.shape)}. "
-                    "Keep float32 weights and use autocast"
-                )
         self.skipped = 0
         self._seed = seed
         self._passes = Passes(model, replay_rng)
         self._perturbation = Perturbation()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with values of its own where it brings any; raises as the constructor does and adds nothing then."""
+        super().add_param_group(param_group)
+        try:
+            _check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but hooks and the patches of schedulers, which are functions of this process."""
@@ -106,17 +101,26 @@ class BSAM(torch.optim.Optimizer):
         Returns:
             The loss at the noisy weights.
         """
-        work = Work.checked(closure, weights)
-        with outside_inference_mode():
-            return self._step(work)
-
-    def _step(self, work: Work) -> Tensor:
         groups = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
-        parameters = [p for _, p in groups]
+        if only_initialises(closure, self.param_groups):
+            self._initialise(groups)
+            return torch.zeros(())
+        work = Work.checked(closure, weights)
+        why = next(filter(None, (marked(p) for _, p in groups)), None)
+        if why is not None:
+            raise RuntimeError(f"step() was called while {why}")
+        with outside_inference_mode():
+            return self._step(work, groups)
+
+    def _initialise(self, groups: Groups) -> None:
         for group, p in groups:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
                 self.state[p]["precision"] = torch.full_like(p, group["initial_precision"])
+
+    def _step(self, work: Work, groups: Groups) -> Tensor:
+        parameters = [p for _, p in groups]
+        self._initialise(groups)
         precision = [self.state[p]["precision"] for p in parameters]
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.param_groups[0]["steps"])
         losses: list[Tensor] = []
@@ -160,7 +164,7 @@ class BSAM(torch.optim.Optimizer):
     @torch.no_grad()
     def _update(
         self,
-        groups: list[tuple[dict[str, Any], Tensor]],
+        groups: Groups,
         slope: list[Tensor],
         curvature: list[Tensor],
         seen: list[bool],
@@ -177,6 +181,26 @@ class BSAM(torch.optim.Optimizer):
             m.mul_(beta1).add_(g + group["weight_decay"] * p, alpha=1 - beta1)
             p.addcdiv_(m, s, value=-float(group["lr"]))
             s.mul_(beta2).add_(h + group["damping"] + group["weight_decay"], alpha=1 - beta2)
+
+
+def _check(group: dict[str, Any]) -> None:
+    """Refuse a group with a value outside of its range, or parameters whose precision cannot be learnt."""
+    if not (isinstance(group["rows"], int) and group["rows"] >= 1):
+        raise ValueError(f"rows is the number of training examples, an integer >= 1, got {group['rows']!r}")
+    for name in ("lr", "weight_decay", "rho", "damping"):
+        if not (math.isfinite(group[name]) and group[name] >= 0):
+            raise ValueError(f"{name} must be finite and >= 0, got {group[name]}")
+    if not (math.isfinite(group["initial_precision"]) and group["initial_precision"] > 0):
+        raise ValueError(f"initial_precision must be finite and > 0, got {group['initial_precision']}")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
+    for p in group["params"]:
+        if p.dtype.itemsize < 4 or p.is_complex() or is_sharded(p):
+            raise ValueError(
+                f"bSAM learns a precision for every weight, in the weight's own dtype: it takes whole real parameters of "
+                f"single precision or more, got {p.dtype} {'sharded ' if is_sharded(p) else ''}of shape {tuple(p.shape)}. "
+                "Keep float32 weights and use autocast"
+            )
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Any]:

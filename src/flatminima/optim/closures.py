@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatminima.optim.scaling import Scaling
+from flatminima.sharding import local
+
 Closure = Callable[[], Tensor]
 
 
@@ -21,15 +24,15 @@ class Work:
     Attributes:
         closures: one per micro-batch.
         weights: of their losses and gradients.
-        scaler: an enabled ``GradScaler``, or None.
+        scaler: an enabled ``GradScaler`` and whom it scales for, or None.
     """
 
     closures: list[Closure]
     weights: list[float]
-    scaler: Any = None
+    scaler: Scaling | None = None
 
     @classmethod
-    def checked(cls, closure: object, weights: Sequence[float] | None, scaler: Any = None) -> Work:
+    def checked(cls, closure: object, weights: Sequence[float] | None, scaler: Scaling | None = None) -> Work:
         """From the arguments of ``step``; equal weights unless given.
 
         Raises:
@@ -57,7 +60,19 @@ class Work:
             shares = [float(w) for w in weights]
             if not all(math.isfinite(w) and w >= 0 for w in shares) or sum(shares) == 0:
                 raise ValueError(f"weights of closures must be finite, >= 0 and not all zero, got {list(weights)}")
-        return cls(closures, shares, scaler if scaler is not None and scaler.is_enabled() else None)
+        return cls(closures, shares, scaler)
+
+
+def only_initialises(closure: object, groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether a step without a closure can change nothing but make the optimiser's state.
+
+    So ``torch.distributed.checkpoint`` calls it: with every learning rate and every gradient zero.
+    """
+    return (
+        closure is None
+        and all(float(group.get("lr", 0.0)) == 0 for group in groups)
+        and all(p.grad is not None and not local(p.grad).any() for g in groups for p in g["params"] if p.requires_grad)
+    )
 
 
 def outside_inference_mode() -> contextlib.AbstractContextManager[Any]:
@@ -68,7 +83,7 @@ def outside_inference_mode() -> contextlib.AbstractContextManager[Any]:
 def evaluate(
     closure: Closure,
     parameters: Sequence[Tensor],
-    scaler: Any = None,
+    scaler: Scaling | None = None,
     backward_seen: Callable[[], bool] | None = None,
 ) -> Tensor:
     """Loss and gradients of one closure; gradients are None before.

@@ -20,6 +20,7 @@ class Perturbed:
 
     needs_clean = False
     remembers = False
+    keeps: tuple[str, ...] = ()  # names of what it leaves in a point's memory
 
     def combine(self, clean: list[Tensor], there: list[Tensor], at: Point) -> None:
         """Change ``there`` in place into the gradient to step along."""
@@ -99,11 +100,13 @@ class Reuse(Perturbed):
     A SAM step keeps the unit vector :math:`u` along the part of :math:`g_\epsilon` orthogonal to :math:`g`; the steps between
     go along :math:`g + \alpha \lVert g \rVert u`. Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization"
     (2022).
+    Where no part of it is larger than rounding (:math:`8\,\mathrm{eps}\,\lVert g_\epsilon\rVert`) there is no direction.
     Memory: one more copy of the parameters, kept between steps and saved, another while it is renewed, and one of the gradient.
     """
 
     needs_clean = True
     remembers = True
+    keeps = ("across",)
 
     def __init__(self, alpha: float = 0.7) -> None:
         if not math.isfinite(alpha):
@@ -116,7 +119,10 @@ class Reuse(Perturbed):
         along = at.dot(clean, there) / square if square > 0 else 0.0
         across = list(torch._foreach_sub(there, list(clean), alpha=along))
         size = at.norm(across)
-        if size > 0 and math.isfinite(size):
+        rounding = 8 * max((torch.finfo(kind).eps for kind in {g.dtype for g in there}), default=0.0)
+        if size <= rounding * at.length:
+            at.memory.pop("across", None)  # a unit vector of noise would be as long as a real one
+        elif math.isfinite(size):
             torch._foreach_div_(across, size)
             at.memory["across"] = dict(zip(at.parameters, across, strict=True))
 

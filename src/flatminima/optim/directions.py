@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flatminima.names import unknown
+from flatminima.perturbation import add
 from flatminima.sharding import is_sharded, shard_like
 from flatminima.vectors import SMALL, Kind, dot, length, local, norm, plain, real
 
@@ -179,10 +180,10 @@ class Scaled(Sequence[Tensor]):
 
     def add_to(self, i: int, tensor: Tensor, factor: float) -> None:
         """``tensor += factor * vector i``."""
-        if i in self.later:
+        if i in self.later and tensor.dtype is not torch.float16:
             tensor.addcmul_(self._scale(i).square_(), self._gradients[i], value=factor)
         else:
-            tensor.add_(self._ready[i], alpha=factor)
+            add([tensor], [self[i]], factor)
 
     def over(self, values: Sequence[Tensor]) -> Scaled:
         """The same vectors, when the weights they were made from lie elsewhere now."""
@@ -202,6 +203,7 @@ class Friendly:
     needs_gradient = True
     remembers = True
     remembers_in_base = False
+    keeps = ("mean",)
 
     def __init__(self, sigma: float = 1.0, decay: float = 0.9) -> None:
         if not math.isfinite(sigma):

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from flatminima.optim.ascent import Ascent
+from flatminima.optim.closures import outside_inference_mode
 from flatminima.optim.combine import Perturbed
 from flatminima.optim.directions import Point, Scaled
+from flatminima.optim.scaling import Scaling, unit_of
 from flatminima.optim.variants import Recipe
-from flatminima.optim.weights import Held, Weights
-from flatminima.optim.wrapper import check_rho
+from flatminima.optim.weights import Held, Weights, part_of, whole
+from flatminima.optim.wrapper import Own, check_rho
 from flatminima.perturbation import Perturbation
 from flatminima.vectors import finite, norm
 
+_MASTER = "master"
 _INSIDE = ("flatminima.", "torch.", "contextlib")
 
 
@@ -79,7 +82,7 @@ class Engine:
             if verdict is not None:
                 return verdict
             if not members and self.steps == 0 and self.only is None:
-                _warn(
+                warn(
                     "none of the optimiser's parameters has a gradient in its first step: the loss does not depend on them"
                 )
             held = self.weights.hold(members, gradients=self.recipe.direction.needs_gradient)
@@ -186,7 +189,7 @@ class Engine:
             return
         if info.cosine < 0.9:
             self._warned = True
-            _warn(
+            warn(
                 f"the perturbation is mostly rounded away in {at.values[0].dtype}: realised radius {info.radius:.3g}, cosine "
                 f"with the intended direction {info.cosine:.2f}. Give master=True, keep float32 weights and use autocast, or "
                 "raise rho."
@@ -195,13 +198,22 @@ class Engine:
     # ----- the update -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update(self, perturbed: bool, clean: dict[Tensor, Tensor], scaler: Any) -> None:
+    def scale_again(self, scaler: Scaling | None) -> None:
+        """Gradients that the caller has unscaled get the scale of the next pass's, so that both can be combined."""
+        if scaler is not None and scaler.unscaled():
+            for p in self.weights.with_gradients():
+                assert p.grad is not None
+                p.grad.mul_(1 / scaler.unit)
+            scaler.forget()
+
+    @torch.no_grad()
+    def update(self, perturbed: bool, clean: dict[Tensor, Tensor], scaler: Scaling | None) -> None:
         """The base's step along the combination of gradients; nothing when one of them is not finite.
 
         Args:
             perturbed: the gradients in ``.grad`` were found at displaced weights.
-            clean: those at the weights, where the combination needs them.
-            scaler: the ``GradScaler`` in use.
+            clean: those at the weights, where the combination needs them, as the loss of their pass was scaled.
+            scaler: of the losses.
         """
         combine = self.recipe.combine
         changes = combine.needs_clean or type(combine) is not Perturbed
@@ -216,11 +228,17 @@ class Engine:
             if perturbed:
                 pairs = zip(found, held.gradients, strict=True)
                 before = [clean[p] if p in clean else torch.zeros_like(g) for p, g in pairs]
+                if scaler is not None and scaler.unscaled():
+                    before = list(torch._foreach_mul(before, scaler.unit))
                 combine.combine(before, held.gradients, at)
             else:
                 combine.without(at)
         with self._base_on(found, held.gradients) as base:
-            base.step() if scaler is None else scaler.step(base)
+            if scaler is None:
+                base.step()
+            else:
+                scaler.unscaled()  # moves what was noted for the wrapper to the base
+                scaler.step(base)
         if changes:
             rates = {
                 p: float(group["lr"]) for group in self.base.param_groups for p in group["params"] if "lr" in group
@@ -228,18 +246,18 @@ class Engine:
             combine.after(held.values, [rates.get(p, 1.0) for p in found])
         self.weights.moved(found)
 
-    def skip(self, which: str, reason: str, scaler: Any) -> None:
+    def skip(self, which: str, reason: str, scaler: Scaling | None) -> None:
         """Count a step that changes nothing."""
         self.skipped += 1
         self.skip_reason = f"{which} pass of step {self.steps}: {reason}"
         if scaler is not None:
             self.tell(scaler)
 
-    def tell(self, scaler: Any) -> None:
+    def tell(self, scaler: Scaling) -> None:
         """Let the scaler look at the gradients, so that it knows to lower its scale; the base takes no step."""
         found = self.weights.with_gradients()
         with self._base_on(found, self.weights.hold(found).gradients) as base:
-            scaler.unscale_(base)
+            scaler.look(base)
 
     def _base_on(
         self, parameters: list[Tensor], gradients: list[Tensor]
@@ -258,40 +276,72 @@ class Engine:
 
     # ----- what a resumed run needs -----------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Own:
         """What has to be saved besides the state of the base; empty for most."""
-        saved: dict[str, Any] = {}
-        index = {p: i for i, p in enumerate(self.weights.all())}
-        if self.recipe.remembers:
-            memory = {name: {index[p]: v for p, v in kept.items()} for name, kept in self._memory.items()}
-            saved |= {"steps": self.steps, "when": self.recipe.when.state_dict(), "memory": memory}
-        if self.weights.masters is not None:
-            saved["master"] = self.weights.masters.state_dict(index)
-        return saved
+        parameters, masters = self.weights.all(), self.weights.masters
+        vectors: dict[int, dict[str, Tensor]] = {}
+        for name in dict.fromkeys((*self.recipe.keeps, *self._memory)):
+            kept = self._memory.get(name, {})
+            for i, p in enumerate(parameters):
+                if p in kept or p.requires_grad:
+                    # Always the same keys: a loader that fills a fresh optimiser's state in place asks for no others.
+                    vectors.setdefault(i, {})[name] = whole(kept[p].clone(), p) if p in kept else self._nothing(p)
+        if masters is not None:
+            for i, master in masters.state_dict({p: i for i, p in enumerate(parameters)}).items():
+                vectors.setdefault(i, {})[_MASTER] = master
+        when = self.recipe.when.state_dict()
+        plain = {"parts": self.recipe.parts, "steps": self.steps, "when": when} if self.recipe.remembers else {}
+        return Own(plain, vectors)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` gave, or afresh where a key is missing."""
+    def check_state(self, own: Own) -> None:
+        """Refuse what :meth:`state_dict` of another recipe, or of other parameters, gave."""
+        saved, here = own.plain.get("parts"), self.recipe.parts
+        if saved is not None and saved != here:
+            raise ValueError(
+                f"the checkpoint holds what {', '.join(saved)} remembered; this optimiser is made of {', '.join(here)}. Build "
+                "the variant that was saved, or load into .base to keep the base's state alone"
+            )
+        for i, p in enumerate(self.weights.all()):
+            for name, v in own.vectors.get(i, {}).items():
+                if v.shape != p.shape:
+                    raise ValueError(
+                        f"the checkpoint's {name} of parameter {i} has shape {tuple(v.shape)}, the parameter {tuple(p.shape)}: "
+                        "load it into the optimiser of the same model"
+                    )
+
+    def load_state_dict(self, own: Own) -> None:
+        """Continue from what :meth:`state_dict` gave, or afresh where something is missing."""
         self._memory = {}
-        self.steps = int(state.get("steps", 0))
-        parameters = self.weights.all()
-        if self.recipe.remembers and "memory" in state:
-            self.recipe.when.load_state_dict(state["when"])
-            self._memory = {
-                name: {parameters[int(i)]: v.to(parameters[int(i)].device, copy=True) for i, v in kept.items()}
-                for name, kept in state["memory"].items()
-            }
+        self.steps = int(own.plain.get("steps", 0))
+        if self.recipe.remembers and own.plain:
+            self.recipe.when.load_state_dict(own.plain.get("when", {}))
+        masters: dict[int, Tensor] = {}
+        for i, p in enumerate(self.weights.all()):
+            for name, vector in own.vectors.get(i, {}).items():
+                mine = part_of(vector, p)
+                if name == _MASTER:
+                    masters[i] = mine
+                elif self.recipe.remembers and not bool(mine.isnan().all()):
+                    self._memory.setdefault(name, {})[p] = mine
         if self.weights.masters is not None:
-            self.weights.masters.load_state_dict(state.get("master", {}), parameters)
+            self.weights.masters.load_state_dict(masters, self.weights.all())
+
+    def initialise(self) -> None:
+        """Let the base make its state, from gradients that are zero and at learning rates that are."""
+        with outside_inference_mode():
+            self.update(False, {}, None)
+        if self.weights.masters is not None:
+            self.weights.masters.followed = False
+
+    def _nothing(self, p: Tensor) -> Tensor:
+        """Stands in a checkpoint for a vector that is not there yet."""
+        dtype = torch.promote_types(p.dtype, torch.float32) if self.weights.masters is not None else p.dtype
+        return torch.full_like(p.detach(), math.nan, dtype=dtype)
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     """Warn, pointing at the line of the user's that called the optimiser."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
-
-
-def unit_of(scaler: Any) -> float:
-    """What a gradient has to be multiplied by to be the loss's."""
-    return 1.0 if scaler is None or not scaler.is_enabled() else 1.0 / float(scaler.get_scale())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from flatminima.averaging.average import require_state
 from flatminima.names import unknown
 from flatminima.optim.flat_region_noise import Noise, draw
 from flatminima.optim.flat_region_parts import call_arguments, names_in, prototypes, towards, unique_parameters
@@ -124,8 +125,14 @@ class FlatRegion:
         """Make the present weights the centre of the box. Once, after base training: a box moved later drifts.
 
         Raises:
-            ValueError: a relative bound, and a tensor that is zero or not finite.
+            ValueError: a tensor that is not finite, or a relative bound and a tensor that is zero.
         """
+        for index, parameter in enumerate(self.params):
+            if not bool(parameter.isfinite().all()):
+                raise ValueError(
+                    f"Parameter number {index} of shape {tuple(parameter.shape)} is not finite, and a box around it would hold "
+                    "nothing else. Go back to weights from before training diverged."
+                )
         half = self.half_widths()
         self.center = [parameter.detach().clone() for parameter in self.params]
         pairs = list(zip(self.center, half, strict=True))
@@ -288,6 +295,7 @@ class FlatRegion:
             "half": [tensor.clone() for tensor in self._half],
             "low": [tensor.clone() for tensor in self._low],
             "high": [tensor.clone() for tensor in self._high],
+            "config": self._config(),
             "clamped": list(self.clamped),
             "generator": self._generator.get_state(),
         }
@@ -296,17 +304,32 @@ class FlatRegion:
         """Continue with the saved box.
 
         Raises:
-            ValueError: the box is of other shapes. Nothing is changed then.
+            ValueError: the box is of other shapes or settings, or this is no state of a region. Nothing is changed then.
         """
-        saved, here = ([tuple(t.shape) for t in tensors] for tensors in (state["center"], self.params))
-        if saved != here:
-            raise ValueError(f"The saved box is of parameters of shapes {saved[:4]}; these have {here[:4]}.")
+        require_state("FlatRegion", state, self.state_dict(), self._config())
+        generator = torch.Generator()
+        try:
+            generator.set_state(state["generator"])
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"The saved state of the noise cannot be restored: {error}") from error
+        here = [tuple(p.shape) for p in self.params]
+        for name in ("center", "low", "high"):
+            saved = [tuple(t.shape) for t in state[name]]
+            if saved != here:
+                raise ValueError(f"The saved box is of parameters of shapes {saved[:4]}; these have {here[:4]}.")
+        if len(state["half"]) != len(here) or len(state["clamped"]) != 2:
+            raise ValueError(
+                "This is not a state saved by FlatRegion: its half widths or its counts are not all there."
+            )
         for name in ("center", "low", "high"):
             pairs = zip(state[name], self.params, strict=True)
             setattr(self, name if name == "center" else f"_{name}", [t.to(p.device, p.dtype) for t, p in pairs])
         self._half = [tensor.to(p.device) for tensor, p in zip(state["half"], self.params, strict=True)]
         self.clamped = Clamped(*state["clamped"])
-        self._generator.set_state(state["generator"])
+        self._generator = generator
+
+    def _config(self) -> dict[str, Any]:
+        return {"bound": self.bound, "relative": self.relative, "noise": self.noise, "antithetic": self.antithetic}
 
     def _terms(
         self,
@@ -322,11 +345,15 @@ class FlatRegion:
         noise: list[list[Tensor]] | None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Loss and prototype shift of every draw."""
-        if min(prototype_weight, std_weight) < 0:
-            raise ValueError(f"prototype_weight={prototype_weight} and std_weight={std_weight} must not be negative.")
+        if not (0 <= prototype_weight < math.inf and 0 <= std_weight < math.inf):
+            raise ValueError(
+                f"prototype_weight={prototype_weight} and std_weight={std_weight} must be finite and >= 0."
+            )
         names_in(model, self.params)
         if noise is None:
             noise = self.sample(draws)
+        if not noise:
+            raise ValueError("noise=[] has no draw to average over. Give at least one, or None to sample.")
         embed = embedding if embedding is not None else lambda output: output
         clean: Tensor | None = None
         if prototype_weight:

@@ -101,13 +101,16 @@ class Masters:
         return {index[p]: m.detach().clone() for p, m in self._masters.items() if m is not p and p in index}
 
     def load_state_dict(self, state: Mapping[Any, Tensor], parameters: Sequence[Tensor]) -> None:
-        """Take these masters; where one is missing, or is of another parameter value, the parameter decides."""
+        """Take these masters (what this rank holds of them).
+
+        Where one is missing, or is of another parameter value, the parameter decides.
+        """
         self._masters = {}
         saved = {int(i): m for i, m in state.items()}
         with torch.no_grad():
             for i, p in enumerate(parameters):
                 if i in saved and self._master(p) is not p:
-                    self._master(p).copy_(saved[i])
+                    local(self._master(p).detach()).copy_(saved[i])
         self.followed = False
 
     def _master(self, p: Tensor) -> Tensor:

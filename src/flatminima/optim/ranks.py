@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.optim.closures import Closure, evaluate
+from flatminima.optim.scaling import Scaling, unit_of
 from flatminima.sharding import is_sharded, sharding_modules
 
 if TYPE_CHECKING:
     from flatminima.optim.engine import Engine
 
 Through = Callable[[Tensor, Tensor], Tensor]
-Look = tuple[Tensor, contextlib.AbstractContextManager[None]]
+Look = tuple[Tensor, contextlib.AbstractContextManager[None], str | None]
 
 
 class OneProcess:
@@ -48,12 +49,13 @@ class OneProcess:
         """The tensors in whose ``.grad`` autograd accumulates."""
         return parameters
 
-    def look(self, engine: Engine, closure: Closure, parameters: list[Tensor], unit: float, scaler: Any) -> Look:
-        """Evaluate alone; the loss, and the block in which the weights are displaced by what was found."""
+    def look(self, engine: Engine, closure: Closure, parameters: list[Tensor], scaler: Scaling | None) -> Look:
+        """Evaluate alone; the loss, the block in which the weights are displaced by what was found, or why they are not."""
         with self.alone():
             loss = evaluate(closure, parameters, scaler)
-        engine.displace(unit).close()
-        return loss, _displaced(engine)
+        info = engine.displace(unit_of(scaler))
+        info.close()
+        return loss, _displaced(engine), info.skipped
 
     def settle(self) -> None:
         """The weights were moved: forget gathered copies of them."""
@@ -105,7 +107,7 @@ class Accumulation:
         self._ranks, self._parameters = ranks, parameters
         self._kept: dict[Tensor, Tensor] = {}
 
-    def evaluate(self, closure: Closure, weight: float, scaler: Any, last: bool) -> Tensor:
+    def evaluate(self, closure: Closure, weight: float, scaler: Scaling | None, last: bool) -> Tensor:
         """Add one closure's gradients; after the last one the sum lies in ``.grad``."""
         if not self._ranks.defers:
             loss = evaluate(closure, self._parameters, scaler)
@@ -116,7 +118,7 @@ class Accumulation:
             self._put_back()
         return loss
 
-    def _evaluate_deferred(self, closure: Closure, weight: float, scaler: Any, last: bool) -> Tensor:
+    def _evaluate_deferred(self, closure: Closure, weight: float, scaler: Scaling | None, last: bool) -> Tensor:
         arrived = False
 
         def through(leaf: Tensor, gradient: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ from flatminima.optim.wrapper import check_rho
 from flatminima.vectors import norm
 
 
+def _ordinal(n: int) -> str:
+    return f"{n}{'th' if n // 10 % 10 == 1 else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"
+
+
 def projected_ascent(engine: Engine, passes: Passes, work: Work) -> tuple[Tensor, float | None]:
     """One step of SA-GD; the loss at the weights and the largest one found, or None where a gradient was not finite."""
     parameters = engine.weights.all()
@@ -53,7 +57,7 @@ def projected_ascent(engine: Engine, passes: Passes, work: Work) -> tuple[Tensor
         length, value = norm(gradients, found), passes.ranks.mean(loss, parameters)
         if not math.isfinite(length) or not math.isfinite(value):
             reason = engine.weights.why(length) if not math.isfinite(length) else f"the loss is {value}"
-            engine.skip(f"{i + 1}th", reason, work.scaler)
+            engine.skip(_ordinal(i + 1), reason, work.scaler)
             return first, None
         if value > best[0]:
             best = (value, [g.clone() if g is not None and g._is_view() else g for g in (p.grad for p in parameters)])

@@ -12,6 +12,7 @@ gathering of all parameters.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from flatminima.optim.closures import Closure, evaluate
 from flatminima.optim.ranks import Look, OneProcess, Through
+from flatminima.optim.scaling import Scaling, unit_of
 from flatminima.optim.weights import Held
 from flatminima.sharding import is_sharded, reshard, sharding_modules
 
@@ -80,8 +82,8 @@ class FullySharded(OneProcess):
         """The shards were moved: forget gathered copies of them."""
         reshard(self._model)
 
-    def look(self, engine: Engine, closure: Closure, parameters: list[Tensor], unit: float, scaler: Any) -> Look:
-        """Evaluate alone; the loss, and the block in which the whole parameters are displaced by what was found."""
+    def look(self, engine: Engine, closure: Closure, parameters: list[Tensor], scaler: Scaling | None) -> Look:
+        """As of :class:`OneProcess`, with the whole parameters displaced."""
         caught: dict[Tensor, Tensor] = {}
 
         def catch(leaf: Tensor, gradient: Tensor) -> Tensor:
@@ -95,13 +97,14 @@ class FullySharded(OneProcess):
 
         with self.through(catch, parameters), self.alone():
             loss = evaluate(closure, parameters, scaler, seen)
-        return loss, self._holding(self._displace(engine, caught, parameters, unit), engine)
+        targets, skipped = self._displace(engine, caught, parameters, unit_of(scaler))
+        return loss, self._holding(targets, engine), skipped
 
     @torch.no_grad()
     def _displace(
         self, engine: Engine, caught: dict[Tensor, Tensor], parameters: list[Tensor], unit: float
-    ) -> dict[Tensor, Tensor]:
-        """The displaced whole parameters, by their shards; none where there is nothing to do. All ranks gather."""
+    ) -> tuple[dict[Tensor, Tensor], str | None]:
+        """The displaced whole parameters, by their shards, or why there are none. All ranks gather."""
         for module in sharding_modules(self._model):
             module.unshard()
         group_of = {p: group for group in engine.base.param_groups for p in group["params"]}
@@ -110,7 +113,7 @@ class FullySharded(OneProcess):
         found = [*(caught[w] for w in wholes), *(p.grad for p in others if p.grad is not None)]
         groups = [group_of[self._whole.get(p, p)] for p in (*wholes, *others)]
         at = engine.point([*wholes, *others], Held([*wholes, *others], found, None), unit, groups)
-        vectors, scales, _ = engine.direction(at)
+        vectors, scales, length = engine.direction(at)
         targets: dict[Tensor, Tensor] = {}
         if scales:
             for i, whole in enumerate(wholes):
@@ -118,7 +121,7 @@ class FullySharded(OneProcess):
             k = len(wholes)
             engine.move(others, others, [vectors[i] for i in range(k, len(vectors))], scales[k:])
         reshard(self._model)
-        return targets
+        return targets, None if math.isfinite(length) else f"the norm of this rank's gradient is {length}"
 
     @contextlib.contextmanager
     def _holding(self, targets: dict[Tensor, Tensor], engine: Engine) -> Iterator[None]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 from torch import Tensor
 
 from flatminima.optim.closures import Work
-from flatminima.optim.engine import Engine, unit_of
+from flatminima.optim.engine import Engine
 from flatminima.optim.passes import Passes, weighted
 from flatminima.optim.ranks import Accumulation
+from flatminima.optim.scaling import unit_of
 
 
 def together(engine: Engine, passes: Passes, work: Work) -> Tensor:
@@ -21,6 +23,8 @@ def together(engine: Engine, passes: Passes, work: Work) -> Tensor:
     if info.skipped:
         engine.skip("first", info.skipped, work.scaler)
         return loss
+    if info.moved:
+        engine.scale_again(work.scaler)
     clean = engine.clean_gradients() if info.moved and engine.recipe.combine.needs_clean else {}
     if info.moved:
         info.close()  # or the first gradient would still be there during the second pass
@@ -36,15 +40,23 @@ def per_batch(engine: Engine, passes: Passes, work: Work) -> Tensor:
     """Each closure, and each rank, is perturbed by its own gradient; what they find there is averaged."""
     parameters = engine.weights.all()
     accumulation, losses = Accumulation(passes.ranks, parameters), []
+    reason: str | None = None
     for i, (closure, weight) in enumerate(zip(work.closures, work.weights, strict=True)):
         passes.remember(parameters)
-        # A rank whose gradient is not finite still takes part in the second pass, or the others would wait for it.
-        loss, displaced = passes.ranks.look(engine, closure, parameters, unit_of(work.scaler), work.scaler)
+        loss, displaced, skipped = passes.ranks.look(engine, closure, parameters, work.scaler)
         losses.append(loss)
+        if work.scaler is not None:
+            work.scaler.forget()
+        if skipped:
+            # This rank still takes part in the second pass, or the others would wait for it; they learn of it by the average.
+            reason, weight = reason or skipped, math.nan
         passes.replay()
         with displaced, passes.statistics_kept():
             accumulation.evaluate(closure, weight, work.scaler, last=i == len(work.closures) - 1)
-    engine.update(True, {}, work.scaler)
+    if reason:
+        engine.skip("first", reason, work.scaler)
+    else:
+        engine.update(True, {}, work.scaler)
     return weighted(losses, work.weights) if len(losses) > 1 else losses[0]
 
 

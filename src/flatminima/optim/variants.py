@@ -42,7 +42,26 @@ class Recipe:
     normalisation_only: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse parts that do not fit together."""
+        """Refuse what is no part, and parts that do not fit together."""
+        for name, part, fits, example in (
+            (
+                "direction",
+                self.direction,
+                callable(self.direction) and hasattr(self.direction, "needs_gradient"),
+                "Adaptive()",
+            ),
+            ("when", self.when, isinstance(self.when, Always), "Every(2)"),
+            ("combine", self.combine, isinstance(self.combine, Perturbed), "SurrogateGap()"),
+        ):
+            if not fits or isinstance(part, type):
+                raise TypeError(
+                    f"{name} must be a policy such as {example}, got {part!r}; for variants by name give variant="
+                )
+        if self.ascent and (type(self.direction) is not Gradient or type(self.when) is not Always):
+            raise ValueError(
+                f"projected ascent follows the gradient, at every step: it cannot use {type(self.direction).__name__} and "
+                f"{type(self.when).__name__}. Leave them out, or use variant sam"
+            )
         blind = not self.direction.needs_gradient
         if blind and (self.combine.needs_clean or self.when.planned(0) is None or self.ascent or self.per_batch):
             raise ValueError(
@@ -65,6 +84,16 @@ class Recipe:
     def remembers(self) -> bool:
         """Whether a resumed run needs more than the base optimiser's state."""
         return self.direction.remembers or self.when.remembers or self.combine.remembers
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """Names of the vectors it keeps between steps."""
+        return (*getattr(self.direction, "keeps", ()), *self.combine.keeps)
+
+    @property
+    def parts(self) -> list[str]:
+        """What it is made of: memory of one recipe means nothing to another."""
+        return [type(part).__name__ for part in (self.direction, self.when, self.combine)]
 
 
 def _sam() -> Recipe:
@@ -183,15 +212,21 @@ def normalisation_parameters(model: nn.Module) -> Iterator[Tensor]:
             yield from module.parameters(recurse=False)
 
 
-def check_fit(base: Any, chosen: Recipe, model: nn.Module | None) -> None:
+def check_fit(base: Any, chosen: Recipe, model: nn.Module | None, decay_in_ascent: bool) -> None:
     """Refuse a base, or a model, that cannot do what the variant needs of it.
 
     Raises:
-        ValueError: no momentum where the variant looks along it; only sparse gradients where it makes dense ones; no model, or
-            one without normalisation layers, where it has to know them.
+        ValueError: weight decay in an ascent that follows no single gradient; no momentum where the variant looks along it;
+            only sparse gradients where it makes dense ones; no model, or one without normalisation layers, where it has to
+            know them.
     """
     kind, groups = type(base).__name__, getattr(base, "param_groups", [])
     parameters = [p for group in groups for p in group["params"]]
+    if decay_in_ascent and (chosen.ascent or not chosen.direction.needs_gradient):
+        kind_of = "projected ascent" if chosen.ascent else type(chosen.direction).__name__
+        raise ValueError(
+            f"decay_in_ascent turns the gradient that the perturbation follows, and {kind_of} does not use it: leave it out"
+        )
     if chosen.direction.remembers_in_base and not all(group.get("momentum") or "betas" in group for group in groups):
         raise ValueError(f"msam follows the momentum of the base optimiser and {kind} has none: set momentum=0.9, say")
     if isinstance(base, torch.optim.SparseAdam) and type(chosen.combine) is not Perturbed:

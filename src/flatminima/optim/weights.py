@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flatminima.optim.masters import Masters
 from flatminima.optim.wrapper import named
+from flatminima.sharding import is_sharded, shard_like, sharded_like
 from flatminima.vectors import Kind, dense, local, real
 
 
@@ -24,6 +25,17 @@ class Held(NamedTuple):
     values: list[Tensor]
     gradients: list[Tensor]
     kind: Kind | None
+
+
+def whole(held: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank holds of a vector of the parameter's, as a tensor of the parameter's kind: sharded, or complex."""
+    return sharded_like(torch.view_as_complex(held) if parameter.is_complex() else held, parameter)
+
+
+def part_of(vector: Tensor, parameter: Tensor) -> Tensor:
+    """A copy of what this rank holds of a vector of the parameter's: the inverse of :func:`whole`."""
+    mine = local(vector) if is_sharded(vector) else shard_like(vector, parameter)
+    return real(mine.detach()).to(local(parameter).device, copy=True)
 
 
 class Weights:

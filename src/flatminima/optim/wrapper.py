@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import math
 from collections.abc import Iterator, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_OWN = "sharpness_aware"  # the key of a checkpoint that holds what a variant remembers; plain SAM has none
+_OWN = "sharpness_aware"  # begins the keys of a checkpoint that hold what a variant remembers; plain SAM has none
 _SHARED_HOOKS = (
     "_optimizer_state_dict_pre_hooks",
     "_optimizer_state_dict_post_hooks",
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+
+
+class Own(NamedTuple):
+    """What a checkpoint holds besides the base's state.
+
+    Attributes:
+        plain: without tensors.
+        vectors: for each parameter, by its place in the groups, tensors of its shape by name.
+    """
+
+    plain: dict[str, Any]
+    vectors: dict[int, dict[str, Tensor]]
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -69,29 +82,43 @@ class Wrapper(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimiser's ``state_dict``; it holds no copy of the weights.
 
-        A variant that remembers something (a running mean, a count of steps) adds it under the key ``sharpness_aware``, which
-        the base ignores when it loads.
+        What a variant remembers lies where ``torch.distributed.checkpoint`` looks: vectors, such as a running mean, in the
+        state of their parameters as ``sharpness_aware_*``, NaN where there is none yet; the rest, such as a count of steps, in
+        the groups as ``sharpness_aware``. The bare base ignores both; ``flatten_optimizer_state_dict=True`` leaves them out.
         """
         state = self.base.state_dict()
         own = self._own_state()
-        if own:
-            state[_OWN] = own
+        for place, vectors in own.vectors.items():
+            named_vectors = {f"{_OWN}_{name}": vector for name, vector in vectors.items()}
+            state["state"][place] = {**state["state"].get(place, {}), **named_vectors}
+        if own.plain:
+            for group in state["param_groups"]:
+                group[_OWN] = copy.deepcopy(own.plain)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimiser or of the bare base; groups without ``rho`` keep the present one."""
+        """Load a checkpoint of this optimiser or of the bare base; groups without ``rho`` keep the present one.
+
+        Raises:
+            ValueError: it was saved by a variant that remembers something else. Nothing is changed then.
+        """
+        bare, own = _parted(state_dict)
+        self._check_own_state(own)
         present = [group["rho"] for group in self.param_groups]
         with self._loading():
-            self.base.load_state_dict(state_dict)
+            self.base.load_state_dict(bare)
         for group, rho in zip(self.param_groups, present, strict=True):
             group.setdefault("rho", rho)
-        self._load_own_state(state_dict.get(_OWN, {}))
+        self._load_own_state(own)
 
-    def _own_state(self) -> dict[str, Any]:
+    def _own_state(self) -> Own:
         """What is saved besides the base's state."""
-        return {}
+        return Own({}, {})
 
-    def _load_own_state(self, state: dict[str, Any]) -> None:
+    def _check_own_state(self, own: Own) -> None:
+        """Refuse what :meth:`_load_own_state` cannot take up."""
+
+    def _load_own_state(self, own: Own) -> None:
         """Take up what :meth:`_own_state` gave, or nothing."""
 
     def _loading(self) -> contextlib.AbstractContextManager[Any]:
@@ -105,6 +132,28 @@ class Wrapper(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share_hooks()
+
+
+def _parted(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Own]:
+    """A checkpoint as the bare base would have saved it, and what was added to that."""
+    groups = state_dict["param_groups"]
+    places = {key: place for place, key in enumerate(key for group in groups for key in group["params"])}
+    plain: dict[str, Any] = next((group[_OWN] for group in groups if _OWN in group), {})
+    vectors: dict[int, dict[str, Tensor]] = {}
+    state: dict[Any, Any] = {}
+    for key, kept in state_dict["state"].items():
+        mine = (
+            {name: v for name, v in kept.items() if str(name).startswith(f"{_OWN}_")} if isinstance(kept, dict) else {}
+        )
+        if not mine:
+            state[key] = kept
+            continue
+        if key in places:
+            vectors[places[key]] = {name[len(_OWN) + 1 :]: v for name, v in mine.items()}
+        if len(mine) < len(kept):
+            state[key] = {name: v for name, v in kept.items() if name not in mine}
+    bare_groups = [{name: v for name, v in group.items() if name != _OWN} for group in groups]
+    return {**state_dict, "state": state, "param_groups": bare_groups}, Own(plain, vectors)
 
 
 def named(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:

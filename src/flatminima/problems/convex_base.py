@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -135,6 +136,7 @@ class ConvexProblem(ABC):
             generator: for the rules that draw.
             iterations: of ``"power"``, at most.
         """
+        radius = positive("radius", radius, zero=True)
         if tie_break not in self.tie_breaks:
             raise ValueError(unknown(f"tie-breaking rule of {type(self).__name__}", tie_break, self.tie_breaks))
         if tie_break == "power":
@@ -159,7 +161,7 @@ class ConvexProblem(ABC):
     def _point(self, w: Tensor | None) -> Tensor:
         if w is None:
             return self.start
-        if w.shape != (self.d,):
+        if real_tensor("the point", w).shape != (self.d,):
             raise ValueError(f"expected a point of shape ({self.d},), got a tensor of shape {tuple(w.shape)}")
         if not bool(w.isfinite().all()):
             raise ValueError("the point has entries that are NaN or infinite")
@@ -189,8 +191,7 @@ class ConvexProblem(ABC):
             closed_form: ``False`` searches also where there is one.
             starts, seed: of the random directions.
         """
-        positive("radius", radius, zero=True)
-        check_count("starts", starts, 0)
+        radius, starts = positive("radius", radius, zero=True), check_count("starts", starts, 0)
         w = self._point(w)
         value, gradient = self.value_and_gradient(w)
         closed = self._exact_sharpness(w, radius) if closed_form else None
@@ -259,17 +260,44 @@ class ConvexProblem(ABC):
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
-    """``value``, refused where it is no integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """``value`` as Python's integer, also NumPy's; refused where it is no integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return int(value)
+
+
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, refused where it is no floating one."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating one of torch, got {dtype!r}")
+    return dtype
+
+
+def real_tensor(name: str, value: Tensor) -> Tensor:
+    """``value``, refused where it is no tensor of real numbers."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got a {type(value).__name__}: convert it with torch.as_tensor")
+    if value.is_complex():
+        raise ValueError(f"{name} must be real, got {value.dtype}")
     return value
 
 
+def finite(name: str, value: float) -> float:
+    """``value`` as a double, refused where it is no finite number."""
+    if not _is_finite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
+
+
 def positive(name: str, value: float, *, zero: bool = False) -> float:
-    """``value`` as a float, refused where it is no positive finite number."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < 0 or (value == 0 and not zero):
+    """``value`` as a double, refused where it is no positive finite number."""
+    if not _is_finite(value) or value < 0 or (value == 0 and not zero):
         raise ValueError(f"{name} must be finite and {'>= 0' if zero else '> 0'}, got {value!r}")
+    value = float(value)
     if value > _HUGE:
         raise ValueError(f"{name} = {value:g} has a square that is no number; it must be at most {_HUGE:g}")
-    return float(value)
+    return value
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

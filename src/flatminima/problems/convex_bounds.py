@@ -49,8 +49,10 @@ def optimization_bound(
         >>> optimization_bound(smoothness=1, lr=0.25, radius=0.6, flatness_radius=0.1, steps=64, distance=0)
         1.0
     """
-    _check(smoothness, lr, radius, flatness_radius, steps, distance, optimum)
-    return distance**2 / (lr * steps) + 4 * smoothness * max(0.0, radius - flatness_radius) ** 2
+    smoothness, lr, radius, flatness_radius, distance = _checked(
+        smoothness, lr, radius, flatness_radius, steps, distance, optimum
+    )
+    return distance**2 / (lr * int(steps)) + 4 * smoothness * max(0.0, radius - flatness_radius) ** 2
 
 
 def stability_bound(
@@ -81,8 +83,10 @@ def stability_bound(
         >>> stability_bound(**arguments), round(stability_bound(**arguments, kind="tight"), 7)
         (0.24, 0.0138632)
     """
-    _check(smoothness, lr, radius, flatness_radius, steps, distance, optimum, n, kind)
-    beta, square, excess = smoothness, distance**2, max(0.0, radius - flatness_radius) ** 2
+    beta, lr, radius, flatness_radius, distance = _checked(
+        smoothness, lr, radius, flatness_radius, steps, distance, optimum, n, kind
+    )
+    steps, n, square, excess = int(steps), int(n), distance**2, max(0.0, radius - flatness_radius) ** 2
     if kind == "paper":
         removed = 96 * beta * lr * steps * square + 768 * (beta * lr * steps) ** 2 * excess
         return 24 * lr * beta * radius**2 * steps + removed / n**2
@@ -157,10 +161,10 @@ def _combined(
         smoothness=smoothness, lr=lr, radius=radius, flatness_radius=flatness_radius, steps=steps, n=n,
         distance=distance, kind=kind, optimum=optimum,
     )  # fmt: skip
-    return weight * optimization + 3 * smoothness * stability
+    return weight * optimization + 3 * float(smoothness) * stability
 
 
-def _check(
+def _checked(
     smoothness: float,
     lr: float,
     radius: float,
@@ -170,11 +174,13 @@ def _check(
     optimum: float,
     n: int = 1,
     kind: str = "paper",
-) -> None:
-    positive("smoothness", smoothness)
-    positive("lr", lr)
-    for name, value in (("radius", radius), ("flatness_radius", flatness_radius), ("distance", distance)):
+) -> tuple[float, float, float, float, float]:
+    """Smoothness, step size, radius, flatness radius and distance in double precision, if the theorems assume them."""
+    smoothness, lr = positive("smoothness", smoothness), positive("lr", lr)
+    radius, flatness_radius, distance = (
         positive(name, value, zero=True)
+        for name, value in (("radius", radius), ("flatness_radius", flatness_radius), ("distance", distance))
+    )
     check_count("steps", steps)
     check_count("n", n)
     if kind not in get_args(BoundKind):
@@ -185,3 +191,4 @@ def _check(
         raise ValueError(
             f"lr = {lr:g} is above 1 / (4 smoothness) = {1 / (4 * smoothness):g}: no bound is proved there"
         )
+    return smoothness, lr, radius, flatness_radius, distance

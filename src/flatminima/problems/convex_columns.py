@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flatminima.problems.convex_base import ConvexProblem, LossModel, check_count
+from flatminima.problems.convex_base import ConvexProblem, LossModel, check_count, check_dtype
 from flatminima.problems.convex_risk import fair_counts
 from flatminima.problems.convex_sample import Kind, Sample
 
@@ -31,9 +31,8 @@ class ColumnProblem(ConvexProblem):
     _arguments: dict[str, Any]
 
     def __init__(self, n: int, slots: int, sample: Sample | Kind, dtype: torch.dtype) -> None:
-        check_count("steps", slots)
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating one, got {dtype}")
+        n, slots = check_count("n", n), check_count("steps", slots)
+        dtype = check_dtype(dtype)
         self.sample = sample if isinstance(sample, Sample) else Sample.canonical(n, sample)
         if self.sample.n != n:
             raise ValueError(f"the sample has {self.sample.n} examples and the problem n = {n}")
@@ -74,7 +73,11 @@ class ColumnProblem(ConvexProblem):
         return found
 
     def expand(self, w: Tensor) -> Tensor:
-        """Points ``(..., d)`` in the coordinates of the dense canonical sample, ``(..., 2**n * slots + 1)``."""
+        """Points ``(..., d)`` in the coordinates of the dense canonical sample, ``(..., 2**n * slots + 1)``.
+
+        Raises:
+            ValueError: more than 16 examples, or a sample whose columns are not those of the canonical one.
+        """
         blocks, auxiliary = self.split(w)
         member = self.sample.members()
         full = (blocks / self._root[:, None])[..., member.clamp(min=0), :]
@@ -107,7 +110,7 @@ class ColumnProblem(ConvexProblem):
         Raises:
             ValueError: an example was left out; its loss is not a mean over rows then.
         """
-        if float(self._weights.sum()) < 1 - 1e-6:
+        if self.sample.counted < 1.0:
             raise ValueError("an example was left out, and the rows no longer count equally: use value_and_gradient")
         return self._share.clone(), torch.zeros(len(self._share), dtype=self.dtype)
 

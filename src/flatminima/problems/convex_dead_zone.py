@@ -12,7 +12,7 @@ import torch
 from scipy.special import betainc
 from torch import Tensor, nn
 
-from flatminima.problems.convex_base import ConvexProblem, LossModel, check_count, positive
+from flatminima.problems.convex_base import ConvexProblem, LossModel, check_count, check_dtype, finite, positive
 from flatminima.problems.convex_risk import Risk
 
 
@@ -27,7 +27,8 @@ class DeadZoneRegression(ConvexProblem):
         flatness_radius: :math:`\rho`.
         smoothness: :math:`\beta`.
         seed: of the sample.
-        samples: independent samples, as one more dimension of all points: ``(samples, d)``.
+        samples: independent samples, as one more dimension of all points, :attr:`start` among them: ``(samples, d)``. They run
+            at once; what is about one sample (the sharpness, the objective) is refused.
         dtype: of points and losses.
 
     Raises:
@@ -52,18 +53,17 @@ class DeadZoneRegression(ConvexProblem):
         samples: int | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.n, self.d = check_count("n", n), check_count("d", d, 2)
-        if samples is not None:
-            check_count("samples", samples)
+        self.n, self.d, dtype = check_count("n", n), check_count("d", d, 2), check_dtype(dtype)
+        several = () if samples is None else (check_count("samples", samples),)
         self.flatness_radius = positive("flatness_radius", flatness_radius, zero=True)
         self.smoothness = positive("smoothness", smoothness)
-        self.lipschitz = smoothness * max(0.0, 2.0 - flatness_radius)
-        self.largest_loss = 0.5 * smoothness * max(0.0, 2.0 - flatness_radius) ** 2
-        self.start = torch.zeros(d, dtype=dtype)
-        self.x = self._drawn((n,) if samples is None else (samples, n), seed)
-        self.weights = torch.full((n,), 1.0 / n, dtype=dtype)
+        self.lipschitz = self.smoothness * max(0.0, 2.0 - self.flatness_radius)
+        self.largest_loss = 0.5 * self.smoothness * max(0.0, 2.0 - self.flatness_radius) ** 2
+        self.start = torch.zeros(*several, self.d, dtype=dtype)
+        self.x = self._drawn((*several, self.n), seed)
+        self.weights = torch.full((self.n,), 1.0 / self.n, dtype=dtype)
         self._many = False  # several points for each sample
-        self.centre = torch.zeros(d, dtype=dtype)
+        self.centre = torch.zeros(self.d, dtype=dtype)
         self.centre[0] = 1.0
 
     def _drawn(self, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -77,9 +77,18 @@ class DeadZoneRegression(ConvexProblem):
             self.n, self.d, self.flatness_radius, smoothness=self.smoothness, dtype=self.start.dtype
         )
         twin.x, twin._many = self.x, True
+        twin.start = self.start[..., None, :].repeat_interleave(self.n + 1, -2)
         keep = torch.cat([torch.ones(1, self.n), 1.0 - torch.eye(self.n)]).to(self.start)
         twin.weights = keep / self.n
         return twin
+
+    def _point(self, w: Tensor | None) -> Tensor:
+        if self.start.dim() > 1:
+            raise ValueError(
+                "several samples at once have no single risk and are no single data set: build the problem without samples=, or use "
+                "value_and_gradient and population_risks"
+            )
+        return super()._point(w)
 
     @property
     def minimisers(self) -> dict[str, Tensor]:
@@ -108,7 +117,8 @@ class DeadZoneRegression(ConvexProblem):
 
     def population_risk(self, w: Tensor | None = None, *, draws: int = 20_000, seed: int = 0) -> Risk:
         r""":math:`F(w)` in closed form: of :math:`s = \langle x, u\rangle`, the square is Beta(1/2, (d-1)/2) distributed."""
-        return Risk(float(self.population_risks(self._point(w))))
+        first = self.start.reshape(-1, self.d)[0]  # of whatever sample: all start alike
+        return Risk(float(self.population_risks(super()._point(first if w is None else w))))
 
     def population_risks(self, w: Tensor) -> Tensor:
         """:meth:`population_risk` of many points, ``(..., d)`` to ``(...)``."""
@@ -124,7 +134,7 @@ class DeadZoneRegression(ConvexProblem):
             return whole * (1.0 - torch.as_tensor(betainc((k + 1) / 2, rest, edge)))
 
         square: Tensor = size.square() * moment(2) - 2 * rho * size * moment(1) + rho**2 * moment(0)
-        return 0.5 * self.smoothness * square
+        return 0.5 * self.smoothness * square.clamp(min=0.0)  # the terms cancel at the edge of the dead zone
 
     def model(self, w: Tensor | None = None) -> nn.Module:
         """A module with the parameter ``w`` ``(d,)``."""
@@ -133,8 +143,7 @@ class DeadZoneRegression(ConvexProblem):
 
     def data(self) -> tuple[Tensor, Tensor]:
         """The examples ``(n, d)`` and empty targets."""
-        if self.x.dim() != 2 or self.weights.dim() != 1:
-            raise ValueError("several samples at once are no one data set: build the problem without samples=")
+        self._point(None)
         return self.x.clone(), self.x.new_zeros(self.n)
 
     def fresh(self, rows: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -164,15 +173,27 @@ class RadialDeadZone(ConvexProblem):
     def __init__(self, flatness_radius: float, *, start: float = 0.9, smoothness: float = 1.0) -> None:
         self.flatness_radius = positive("flatness_radius", flatness_radius, zero=True)
         self.smoothness = self.lipschitz = positive("smoothness", smoothness)
-        self.largest_loss = 0.5 * smoothness * max(0.0, 1.0 - flatness_radius) ** 2
-        if not math.isfinite(start):
-            raise ValueError(f"start must be finite, got {start}")
-        self.start = torch.tensor([start], dtype=torch.float64)
+        self.largest_loss = 0.5 * self.smoothness * max(0.0, 1.0 - self.flatness_radius) ** 2
+        self.start = torch.tensor([finite("start", start)], dtype=torch.float64)
 
     def amplitude(self, *, lr: float, radius: float) -> float:
-        r"""Where :math:`|w_t|` of SA-GD goes: :math:`\rho - r`, or the size of the cycle."""
-        step = lr * self.smoothness
-        return max(self.flatness_radius - radius, step * (radius - self.flatness_radius) / (2.0 - step))
+        r"""Where :math:`|w_t|` of SA-GD goes: :math:`\rho - r`, unless it starts below, or the size of the cycle.
+
+        Raises:
+            ValueError: :math:`\eta\beta \ge 2`, or above 1 where :math:`r \le \rho`.
+        """
+        step = positive("lr", lr) * self.smoothness
+        excess = positive("radius", radius, zero=True) - self.flatness_radius
+        if step >= 2.0:
+            raise ValueError(f"lr smoothness must be below 2, got {step:g}: SA-GD does not settle with such steps")
+        if excess > 0.0:
+            return step * excess / (2.0 - step)
+        if step > 1.0:
+            raise ValueError(
+                f"lr smoothness must be at most 1 where r <= rho, got {step:g}: where in the flat region a longer step lands "
+                "depends on the start; run sagd"
+            )
+        return min(abs(float(self.start)), -excess)
 
     @property
     def minimisers(self) -> dict[str, Tensor]:

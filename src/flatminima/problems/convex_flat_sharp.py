@@ -57,12 +57,12 @@ class FlatSharpERM(ColumnProblem):
         dtype: torch.dtype = torch.float64,
     ) -> None:
         self.flatness_radius = positive("flatness_radius", flatness_radius, zero=True)
-        if flatness_radius > 0.5:
+        if self.flatness_radius > 0.5:
             raise ValueError(f"flatness_radius must be at most 1/2, got {flatness_radius}")
         self.smoothness = self.lipschitz = positive("smoothness", smoothness)
-        self.largest_loss = 0.5 * smoothness * (1.0 - flatness_radius) ** 2
+        self.largest_loss = 0.5 * self.smoothness * (1.0 - self.flatness_radius) ** 2
         super().__init__(n, 1, sample, dtype)
-        self._arguments = {"flatness_radius": flatness_radius, "smoothness": smoothness}
+        self._arguments = {"flatness_radius": self.flatness_radius, "smoothness": self.smoothness}
 
     @property
     def minimisers(self) -> dict[str, Tensor]:
@@ -120,7 +120,8 @@ class FlatSharpERM(ColumnProblem):
             return None
         size = length(seen)
         direction = radius * seen / size if size > 0 else radius * self.auxiliary_unit()
-        return 0.5 * self.smoothness * max(0.0, float(size) + radius - self.flatness_radius) ** 2, direction
+        reached = max(0.0, float(size) + radius - self.flatness_radius)
+        return 0.5 * self.smoothness * self.sample.counted * reached**2, direction
 
     def _exact_maximiser(
         self, w: Tensor, radius: float, tie_break: str, step: int, generator: torch.Generator

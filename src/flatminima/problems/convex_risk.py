@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from scipy.stats import binom
 from torch import Tensor
+
+from flatminima.names import unknown
 
 _EXACT = 2**20  # combinations that are enumerated
 _BLOCK = 2**22  # numbers drawn at once
@@ -98,7 +101,10 @@ class Certificate:
         return tuple(f"{c.name} ({c.value:.4g}, limit {c.limit:.4g})" for c in self.checks if not c.holds)
 
     def __getitem__(self, name: str) -> Check:
-        return next(check for check in self.checks if check.name == name)
+        found = {check.name: check for check in self.checks}
+        if name not in found:
+            raise KeyError(unknown("condition", name, found))
+        return found[name]
 
 
 def expectation(
@@ -148,8 +154,9 @@ def expectation(
             values = (values[:, None] + counts * u + (size - counts) * v).reshape(-1)
             chances = (chances[:, None] * chance).reshape(-1)
         return Risk(float(torch.dot(phi(values), chances)))
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
+    if isinstance(draws, bool) or not isinstance(draws, Integral) or draws < 2:
         raise ValueError(f"draws counts fresh examples and must be at least 2 for a standard error, got {draws!r}")
+    draws = int(draws)
     steps = torch.tensor([u - v for u, v in merged], dtype=torch.float64)
     base = constant + sum(size * v for (_, v), size in merged.items())
     generator, total, square = np.random.default_rng(seed), 0.0, 0.0

@@ -66,20 +66,20 @@ class SAGDTrap(ColumnProblem):
     ) -> None:
         self.flatness_radius = positive("flatness_radius", flatness_radius, zero=True)
         self.auxiliary_weight = positive("auxiliary_weight", auxiliary_weight, zero=True)
-        if flatness_radius >= 1.0 or auxiliary_weight > 1.0:
+        if self.flatness_radius >= 1.0 or self.auxiliary_weight > 1.0:
             raise ValueError(
                 f"flatness_radius must be below 1 and auxiliary_weight at most 1, got {flatness_radius} and {auxiliary_weight}"
             )
         self.smoothness = self.lipschitz = positive("smoothness", smoothness)
-        self.largest_loss = 0.5 * smoothness * (1.0 - flatness_radius) ** 2
+        self.largest_loss = 0.5 * self.smoothness * (1.0 - self.flatness_radius) ** 2
         super().__init__(n, steps, sample, dtype)
-        self.steps = steps
+        self.steps = self.slots
         self._arguments = {
-            "steps": steps, "flatness_radius": flatness_radius, "auxiliary_weight": auxiliary_weight,
-            "smoothness": smoothness,
+            "steps": self.steps, "flatness_radius": self.flatness_radius, "auxiliary_weight": self.auxiliary_weight,
+            "smoothness": self.smoothness,
         }  # fmt: skip
         self.tie_breaks = ("adversarial", "uniform", "power")
-        if auxiliary_weight == 1.0:
+        if self.auxiliary_weight == 1.0:
             self.tie_breaks = ("adversarial", "auxiliary", "uniform", "power")
         sign = torch.zeros(len(self.sample), dtype=dtype)
         sign[list(self.sample.ones)] = 1.0
@@ -98,8 +98,7 @@ class SAGDTrap(ColumnProblem):
 
     def certify(self, lr: float, radius: float) -> Certificate:
         """Whether the theorem speaks of SA-GD with this step size and radius on this sample."""
-        rise = positive("lr", lr) * self.smoothness * (positive("radius", radius, zero=True) - self.flatness_radius)
-        root = math.sqrt(self.steps)
+        rise, root = self._rise(lr, radius), math.sqrt(self.steps)
         return Certificate(
             (
                 Check("a column of ones", bool(self.sample.ones), len(self.sample.ones), 1),
@@ -119,13 +118,24 @@ class SAGDTrap(ColumnProblem):
         """
         if check_count("tau", tau) > self.steps:
             raise ValueError(f"tau must be one of 1 ... {self.steps}, got {tau}")
-        a, m = lr * self.smoothness * max(0.0, radius - self.flatness_radius), self.steps - tau + 1
+        a, m = max(0.0, self._rise(lr, radius)), self.steps - tau + 1
         size = a * math.sqrt((tau - 1) + (m - 1) * (2 * m - 1) / (6 * m))
         return 0.25 * self.smoothness * max(0.0, size - self.flatness_radius) ** 2
 
     def floor(self, *, lr: float, radius: float) -> float:
-        r"""The proved lower bound :math:`1.0221 \cdot 10^{-4}\, \beta a^2 T` on :meth:`suffix_risk`, for every :math:`\tau`."""
-        return FLOOR * self.smoothness * (lr * self.smoothness * (radius - self.flatness_radius)) ** 2 * self.steps
+        r"""The proved lower bound :math:`1.0221 \cdot 10^{-4}\, \beta a^2 T` on :meth:`suffix_risk`, for every :math:`\tau`.
+
+        0 where nothing more is proved: for :math:`T < 2` or :math:`3\rho \ge a \sqrt T`.
+        """
+        rise = self._rise(lr, radius)
+        if self.steps < 2 or 3 * self.flatness_radius >= rise * math.sqrt(self.steps):
+            return 0.0
+        return FLOOR * self.smoothness * rise**2 * self.steps
+
+    def _rise(self, lr: float, radius: float) -> float:
+        r""":math:`a = \eta\beta(r - \rho)`, by which the adversary's run moves a slot; less where an example was left out."""
+        step = positive("lr", lr) * self.smoothness * self.sample.counted
+        return step * (positive("radius", radius, zero=True) - self.flatness_radius)
 
     # ----- the loss --------------------------------------------------------------------------------------------------
 
@@ -160,10 +170,13 @@ class SAGDTrap(ColumnProblem):
         blocks, auxiliary = self.split(w)
         if bool((blocks * (self._sign == 0)[:, None] != 0).any()):
             return None
-        if self.auxiliary_weight < 1.0 and (bool((auxiliary != 0).any()) or not bool(self._sign.any())):
-            return None
         sign = self._sign[:, None]
-        return self.join(sign * (sign * blocks).clamp(min=0.0), auxiliary)
+        seen = sign * (sign * blocks).clamp(min=0.0)
+        if self.auxiliary_weight < 1.0:
+            slots = (seen != 0) | ((blocks == 0) & (sign != 0))  # seen already, or free to be
+            if bool((auxiliary != 0).any()) or not bool(slots.any(-1).any(-1).all()):
+                return None
+        return self.join(seen, auxiliary)
 
     def _exact_sharpness(self, w: Tensor, radius: float) -> tuple[float, Tensor] | None:
         seen = self._seen(w)
@@ -176,7 +189,8 @@ class SAGDTrap(ColumnProblem):
             direction = radius * self.auxiliary_unit()
         else:
             direction = self._ties(w, radius, "uniform", 1, torch.Generator().manual_seed(0))
-        return 0.5 * self.smoothness * max(0.0, size + radius - self.flatness_radius) ** 2, direction
+        reached = max(0.0, size + radius - self.flatness_radius)
+        return 0.5 * self.smoothness * self.sample.counted * reached**2, direction
 
     def _exact_maximiser(
         self, w: Tensor, radius: float, tie_break: str, step: int, generator: torch.Generator
@@ -184,8 +198,8 @@ class SAGDTrap(ColumnProblem):
         seen = self._seen(w)
         if seen is None:
             raise ValueError(
-                "the largest rise has no closed form here: a column is in use that is not unanimous, or the auxiliary number "
-                "with a weight below 1. Use tie_break='power'"
+                "the largest rise has no closed form here: a column is in use that is not unanimous, or, with an auxiliary "
+                "weight below 1, the auxiliary number is, or no slot of a unanimous column is free. Use tie_break='power'"
             )
         size = length(seen)[..., None]
         if bool((size > 0).all()):

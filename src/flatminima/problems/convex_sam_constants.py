@@ -73,7 +73,8 @@ def constants(
     if variant not in get_args(Variant):
         raise ValueError(unknown("variant of the constants", variant, get_args(Variant)))
     chain_delta = min(0.1, 0.4 / lr) if chain_delta is None else positive("chain_delta", chain_delta)
-    for name, value in (("chain_delta", chain_delta), ("delta_2", positive("delta_2", delta_2))):
+    delta_2 = positive("delta_2", delta_2)
+    for name, value in (("chain_delta", chain_delta), ("delta_2", delta_2)):
         if value > 1.0:
             raise ValueError(f"{name} must be at most 1, got {value}")
     columns, larger = 2.0 ** min(n, 1023), max(1.0, lr)

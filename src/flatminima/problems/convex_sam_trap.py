@@ -84,18 +84,19 @@ class SAMTrap(ColumnProblem):
                 f"the trigger touches every column, which the {self.sample.kind} representation does not have: use 'dense' or "
                 "'classes'"
             )
+        n, steps = self.n, self.slots
         if steps < 3:
             raise ValueError(f"steps must be at least 3 for a chain, got {steps}")
         self.steps, self.lr, self.radius = steps, positive("lr", lr), positive("radius", radius)
         size = self._trigger_size(1.0 / (2 * n) if variant == "conditioned" else 0.5 / (steps * 2.0**n))
         bound = size if delta_3 == "sample" else math.sqrt(2.0 ** min(n, 1023) + 1.0)
         self.constants: Constants = constants(
-            variant, n, steps, lr, radius, chain_delta=chain_delta, delta_2=delta_2,
+            variant, n, steps, self.lr, self.radius, chain_delta=chain_delta, delta_2=delta_2,
             delta_3=None if delta_3 == "sample" else delta_3, size=bound, dtype=dtype,
         )  # fmt: skip
         first, second, *rest = self.constants.chain
         self._arguments = {
-            "steps": steps, "lr": lr, "radius": radius, "variant": variant,
+            "steps": steps, "lr": self.lr, "radius": self.radius, "variant": variant,
             "chain_delta": rest[0] if rest else chain_delta, "delta_2": first, "delta_3": second,
         }  # fmt: skip
         self._links = torch.tensor(self.constants.chain, dtype=dtype)
@@ -177,23 +178,34 @@ class SAMTrap(ColumnProblem):
         return self.start - self.lr * self.gradient(ascended)
 
     def closed_form(self) -> Chain:
-        """SAM's run in the block of the spurious column.
+        """SAM's run in the block of the spurious column, if :meth:`certify` is ``ok``.
 
         Raises:
-            ValueError: the sample has not exactly one column of zeros.
+            ValueError: the sample has not exactly one column of zeros, or an example was left out.
         """
+        if self.sample.counted < 1.0:
+            raise ValueError(
+                "the closed form is for a whole sample, and an example was left out of this one, which may have freed "
+                "other columns: run sam(problem, lr=..., radius=..., steps=...)"
+            )
         if len(self.sample.zeros) != 1:
             raise ValueError(f"the closed form is for one column of zeros, and the sample has {len(self.sample.zeros)}")
+        return sam_chain(self.lr, self.radius, self.constants.chain, self._sigma())
+
+    def _sigma(self) -> float:
+        r""":math:`\sigma = \eta\delta_2 (r\varepsilon / \lVert v_S\rVert - \lambda)`, minus slot 2 of :math:`w_2`."""
         k = self.constants
-        pushed = self.radius * k.epsilon / self._trigger_size(k.epsilon) - k.lam
-        return sam_chain(self.lr, self.radius, k.chain, self.lr * k.chain[0] * pushed)
+        return self.lr * k.chain[0] * (self.radius * k.epsilon / self._trigger_size(k.epsilon) - k.lam)
 
     def floor(self) -> float:
-        r"""The proved bound :math:`(\lfloor T/2\rfloor - 2)\,\eta^2 r^2 / 64` below the risk of every suffix average."""
+        r"""The proved bound :math:`(\lfloor T/2\rfloor - 2)\,\eta^2 r^2 / 64` below the risk of every suffix average.
+
+        If :meth:`certify` is ``ok``.
+        """
         return (self.steps // 2 - 2) * (self.lr * self.radius) ** 2 / 64.0
 
     def certify(self, *, epsilon: float = 0.0) -> Certificate:
-        r"""Whether the proof holds for this sample and these constants (Lemma 7), and the theorem's hypotheses.
+        r"""Whether the proof holds for this sample and these constants (Lemmas 7 and 8), and the theorem's hypotheses.
 
         Args:
             epsilon: added to the norm of the gradient by the SAM that is to be run, as many implementations do; it must not
@@ -201,6 +213,7 @@ class SAMTrap(ColumnProblem):
 
         Cost: 3 gradients.
         """
+        epsilon = positive("epsilon", epsilon, zero=True)
         k, w = self.constants, self.second_iterate
         blocks, auxiliary = self.split(w)
         zeros, reach = list(self.sample.zeros), self.lr * self.radius
@@ -212,15 +225,17 @@ class SAMTrap(ColumnProblem):
         beyond = float(blocks[zeros][:, 2:].abs().max()) if zeros else 0.0
         start = float(blocks[zeros][:, :2].abs().max()) if zeros else math.nan
         size = float(length(self.gradient()))
-        slack = 1.0 + 1e-12
+        strongest, slack = self._sigma() / (2.0 * reach), 1.0 + 1e-12
         return Certificate(
             (
+                Check("no example is left out", self.sample.counted == 1.0, self.sample.counted, 1.0),
                 Check("exactly one column of zeros", len(zeros) == 1, len(zeros), 1),
                 Check("the trigger is off", fired <= 0.0, fired, 0.0),
                 Check("no other block passes -lambda", first > -k.lam, first / k.lam, -1.0),
                 Check("no other block has begun", rest == 0.0, rest, 0.0),
                 Check("no slot beyond the second is in use", beyond == 0.0, beyond, 0.0),
                 Check("the first two slots are at most lr r", start <= reach, start, reach),
+                Check("delta_3 <= sigma / (2 lr r)", k.chain[1] <= strongest * slack, k.chain[1], strongest),
                 Check("the links are weak", max(k.chain[2:], default=0.0) <= min(0.25, 0.45 / self.lr),
                       max(k.chain[2:], default=0.0), min(0.25, 0.45 / self.lr)),
                 Check("the gradient outweighs epsilon", epsilon <= 1e-3 * size, epsilon, 1e-3 * size),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flatminima.names import unknown
+from flatminima.problems.convex_base import check_count, real_tensor
 
 Kind: TypeAlias = Literal["dense", "spurious", "classes", "lazy"]
 #: "some": a unanimous column of the wanted bit; "one": exactly one; "either": a unanimous column of any bit.
@@ -39,7 +40,7 @@ def event_probability(n: int, event: Event = "some") -> float:
         >>> [round(event_probability(n, event), 9) for n, event in ((2, "some"), (2, "one"), (10_000, "some"))]
         [0.68359375, 0.421875, 0.632120559]
     """
-    _check_rows(n, None)
+    n = _rows(n, None)
     if event not in get_args(Event):
         raise ValueError(unknown("event", event, get_args(Event)))
     columns = 2.0 ** min(n, _LARGEST)  # the limit in n is reached to the last bit long before
@@ -86,6 +87,11 @@ class Sample:
         """Positions of the classes whose columns are one in every example."""
         return tuple((self.share == 1.0).all(0).nonzero()[:, 0].tolist())
 
+    @property
+    def counted(self) -> float:
+        """Which part of the examples counts: 1, less where some were left out."""
+        return int((self.weights > 0.0).sum()) / len(self.weights)
+
     def __len__(self) -> int:
         """How many classes of columns there are."""
         return len(self.sizes)
@@ -93,7 +99,7 @@ class Sample:
     @classmethod
     def from_bits(cls, bits: Tensor, *, attempts: int = 1) -> Sample:
         """The sample with these bits ``(n, 2**n)``, every column its own class."""
-        if bits.dim() != 2 or bits.shape[0] < 1 or bits.shape[1] != 2 ** bits.shape[0]:
+        if real_tensor("bits", bits).dim() != 2 or bits.shape[0] < 1 or bits.shape[1] != 2 ** bits.shape[0]:
             raise ValueError(f"bits: expected a matrix (n, 2**n), got a tensor of shape {tuple(bits.shape)}")
         if not bool(((bits == 0) | (bits == 1)).all()):
             raise ValueError("bits must be 0 or 1; for the problem with signs, 1 stands for +1 and 0 for -1")
@@ -116,14 +122,14 @@ class Sample:
             ([[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]], torch.Size([1, 401]))
         """
         if kind == "dense":
-            _check_rows(n, _DENSE)
+            n = _rows(n, _DENSE)
             column = torch.arange(2**n)
             return cls.from_bits(torch.stack([(column >> k) & 1 for k in range(n)]))
         if kind == "spurious":
             return cls.spurious(n)
         if kind != "classes":
             raise ValueError(unknown("representation of the canonical sample", kind, ("dense", "classes", "spurious")))
-        _check_rows(n, _LARGEST)
+        n = _rows(n, _LARGEST)
         share = torch.arange(n + 1, dtype=torch.float64)[None] / n
         sizes = tuple(math.comb(n, m) for m in range(n + 1))
         return cls(n, "classes", share, sizes, _equal(1), tuple(2**m - 1 for m in range(n + 1)))
@@ -136,9 +142,11 @@ class Sample:
             >>> Sample.spurious(1000).share.tolist()
             [[0.0, 1.0]]
         """
-        _check_rows(n, None)
-        if zeros < 0 or ones < 0 or zeros + ones == 0:
+        n, zeros, ones = _rows(n, None), check_count("zeros", zeros, 0), check_count("ones", ones, 0)
+        if zeros + ones == 0:
             raise ValueError(f"a spurious span needs a unanimous column, got {zeros} of zeros and {ones} of ones")
+        if zeros + ones > 2**n:
+            raise ValueError(f"{zeros} columns of zeros and {ones} of ones are more than the 2^{n} there are")
         share = torch.cat([torch.zeros(1, zeros, dtype=torch.float64), torch.ones(1, ones, dtype=torch.float64)], 1)
         columns = (*range(zeros), *(2**n - 1 - i for i in range(ones)))
         return cls(n, "spurious", share, (1,) * (zeros + ones), _equal(1), columns)
@@ -158,7 +166,7 @@ class Sample:
             >>> len(sample.zeros) >= 1, len(sample)
             (True, 64)
         """
-        _check_rows(n, _DENSE)
+        n = _rows(n, _DENSE)
         generator = torch.Generator().manual_seed(seed)
         attempt = 0
         while True:  # every event has a probability of at least 1/e
@@ -173,21 +181,25 @@ class Sample:
         Columns are exchangeable, so the number of unanimous ones is drawn first and they are put first; each other one
         is uniform among the patterns that are not unanimous. Column *c* depends on ``(seed, c)`` alone. For points supported on
         these columns it is the whole sample as far as :class:`FlatSharpERM` and :class:`SAGDTrap` can tell: an untouched column
-        has no gradient there.
+        has no gradient there. Without an event and with ``columns=0`` there may be no class at all, only the auxiliary number.
+
+        Args:
+            n: examples, any number.
+            seed: of the bits.
+            columns: drawn besides the unanimous ones.
+            event, bit: as in :meth:`draw`.
 
         Example:
             >>> sample = Sample.lazy(400, seed=1, columns=10, event="some")
             >>> sample.share.shape[0], len(sample) - len(sample.zeros) - len(sample.ones)
             (400, 10)
         """
-        _check_rows(n, None)
-        if columns < 0:
-            raise ValueError(f"columns counts those drawn besides the unanimous ones and must be >= 0, got {columns}")
+        n, columns = _rows(n, None), check_count("columns", columns, 0)
         generator = np.random.default_rng((seed, 0))
         attempt, zeros, ones = 1, *_unanimous(n, generator)
-        while zeros + ones + columns == 0 or not _holds(event, bit, zeros, ones):
+        while not _holds(event, bit, zeros, ones):
             attempt, zeros, ones = attempt + 1, *_unanimous(n, generator)
-        if n < 60 and zeros + ones + columns > 2**n:
+        if zeros + ones + columns > 2**n:
             raise ValueError(f"columns = {columns} and {zeros + ones} unanimous ones are more than the 2^{n} there are")
         parts = [np.zeros((n, zeros)), np.ones((n, ones))]
         parts += [_mixed(n, seed, column)[:, None] for column in range(columns)]
@@ -212,11 +224,19 @@ class Sample:
         return replace(self, weights=weights)
 
     def members(self) -> Tensor:
-        """For each of all :math:`2^n` columns of the canonical sample the position of its class, ``(2**n,)``; -1: none."""
-        _check_rows(self.n, _DENSE)
+        """For each of all :math:`2^n` columns of the canonical sample the position of its class, ``(2**n,)``; -1: none.
+
+        Raises:
+            ValueError: more than 16 examples, or columns with other bits than the canonical sample has there.
+        """
+        bits = Sample.canonical(self.n).share
         if self.kind == "classes":
-            column = torch.arange(2**self.n)
-            return sum(((column >> k) & 1 for k in range(self.n)), torch.zeros_like(column))
+            return bits.sum(0).long()
+        if not bool((self.share == bits[:, list(self.columns)]).all()):
+            raise ValueError(
+                f"the columns of this {self.kind} sample are not those of the canonical one and have no place in it: put the "
+                "point together column by column"
+            )
         found = torch.full((2**self.n,), -1)
         found[torch.tensor(self.columns)] = torch.arange(len(self))
         return found
@@ -226,15 +246,16 @@ def _equal(rows: int) -> Tensor:
     return torch.full((rows,), 1.0 / rows, dtype=torch.float64)
 
 
-def _check_rows(n: int, most: int | None) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n counts examples and must be an integer >= 1, got {n!r}")
+def _rows(n: int, most: int | None) -> int:
+    """``n`` as Python's integer, refused where it counts no examples or more than ``most``."""
+    n = check_count("n", n)
     if most is not None and n > most:
         classes = 'Sample.canonical(n, "classes") for full-batch methods, ' if most < _LARGEST else ""
         raise ValueError(
             f"n = {n} examples have 2^{n} columns, and this representation holds at most n = {most}: use {classes}"
             "Sample.lazy or Sample.spurious for points supported on few columns"
         )
+    return n
 
 
 def _holds(event: Event | None, bit: int, zeros: int, ones: int) -> bool:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from flatminima.problems.convex_base import ConvexProblem, LossModel, check_count, positive
+from flatminima.problems.convex_base import ConvexProblem, LossModel, check_count, check_dtype, finite, positive
 from flatminima.problems.convex_risk import Certificate, Check, Risk
 
 
@@ -44,11 +44,12 @@ class SharpSAM1D(ConvexProblem):
     event_probability = 1.0
 
     def __init__(self, start: float = 0.0, *, smoothness: float = 1.0, dtype: torch.dtype = torch.float64) -> None:
+        start = finite("start", start)
         if not -1.0 <= start <= 1.0:
             raise ValueError(f"start must be in [-1, 1], got {start}")
         self.smoothness = self.lipschitz = positive("smoothness", smoothness)
-        self.largest_loss = 0.5 * smoothness
-        self.start = torch.tensor([start], dtype=dtype)
+        self.largest_loss = 0.5 * self.smoothness
+        self.start = torch.tensor([start], dtype=check_dtype(dtype))
 
     @property
     def minimisers(self) -> dict[str, Tensor]:
@@ -57,17 +58,19 @@ class SharpSAM1D(ConvexProblem):
 
     def certify(self, radius: float) -> Certificate:
         """Whether the theorem speaks of SAM with this radius from this start."""
+        radius = positive("radius", radius, zero=True)
         return Certificate(
             (
                 Check("w_1 = 0", float(self.start) == 0.0, float(self.start), 0.0, True),
-                Check("r <= 1/2", positive("radius", radius, zero=True) <= 0.5, radius, 0.5, True),
+                Check("r <= 1/2", radius <= 0.5, radius, 0.5, True),
             )
         )
 
     def floor(self, *, lr: float, radius: float) -> float:
         r""":math:`\tfrac\beta2 (1-\eta\beta)^2 r^2`: what SAM's last iterate exceeds the least sharpness-aware risk by, for
         :math:`\eta\beta < 1` and any start above zero (ours)."""
-        return 0.5 * self.smoothness * max(0.0, 1.0 - lr * self.smoothness) ** 2 * radius**2
+        left = max(0.0, 1.0 - positive("lr", lr) * self.smoothness)
+        return 0.5 * self.smoothness * left**2 * positive("radius", radius, zero=True) ** 2
 
     def losses(self, w: Tensor) -> Tensor:
         """The loss, ``(..., 1)`` to ``(..., 1)``."""

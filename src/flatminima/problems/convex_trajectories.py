@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flatminima.problems.convex_base import ConvexProblem, check_count, length, positive
+from flatminima.problems.convex_base import ConvexProblem, check_count, length, positive, real_tensor
 
 #: A rule of one's own for SA-GD: ``(w, radius, step) -> v``.
 Oracle = Callable[[Tensor, float, int], Tensor]
@@ -123,8 +123,7 @@ def sam(
         >>> [round(w, 6) for w in sam(SharpSAM1D(0.3), lr=0.25, radius=0.4, steps=4).values[:, 0].tolist()]
         [0.3, 0.125, -0.00625, -0.00625]
     """
-    positive("radius", radius, zero=True)
-    positive("epsilon", epsilon, zero=True)
+    radius, epsilon = positive("radius", radius, zero=True), positive("epsilon", epsilon, zero=True)
     warned = False
 
     def look(w: Tensor, step: int, value: Tensor, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -183,15 +182,17 @@ def sagd(
         adversarial 0.0 0.19898591
         auxiliary 0.0 0.0
     """
-    positive("radius", radius, zero=True)
-    check_count("iterations", iterations)
+    radius, iterations = positive("radius", radius, zero=True), check_count("iterations", iterations)
+    if not isinstance(tie_break, str) and not callable(tie_break):
+        rules = ", ".join(problem.tie_breaks)
+        raise ValueError(f"tie_break must be one of {rules}, or a function (w, radius, step) -> v, got {tie_break!r}")
     generator = torch.Generator().manual_seed(seed)
 
     def look(w: Tensor, step: int, value: Tensor, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         if isinstance(tie_break, str):
             v = problem.maximiser(w, radius, tie_break, step, generator, iterations)
         else:
-            v = tie_break(w, radius, step)
+            v = real_tensor(f"step {step}: the oracle's displacement", tie_break(w, radius, step))
             if v.shape != w.shape or not bool((length(v) <= radius * (1 + 1e-6)).all()):
                 raise ValueError(
                     f"step {step}: the oracle must return a displacement of shape {tuple(w.shape)} and length at most "
@@ -207,11 +208,16 @@ _Look = Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor | None, Tensor, Ten
 
 
 def _run(problem: ConvexProblem, lr: float, steps: int, start: Tensor | None, look: _Look) -> Trajectory:
-    positive("lr", lr)
-    check_count("steps", steps)
-    first = problem.start if start is None else start.detach().to(problem.start)
+    lr, steps = positive("lr", lr), check_count("steps", steps)
+    first = problem.start if start is None else real_tensor("start", start).detach().to(problem.start)
     if first.dim() < 1 or first.shape[-1] != problem.d:
         raise ValueError(f"start: expected points (..., {problem.d}), got a tensor of shape {tuple(first.shape)}")
+    try:  # one point each, where the problem holds several samples
+        first = first.expand(torch.broadcast_shapes(first.shape, problem.start.shape))
+    except RuntimeError:
+        raise ValueError(
+            f"start: expected points that fit {tuple(problem.start.shape)}, got a tensor of shape {tuple(first.shape)}"
+        ) from None
     w = first.clone()
     known, moved = torch.zeros(problem.d, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
     kept, risks, perturbed, norms = [], [], [], []

@@ -23,6 +23,7 @@ from flatminima.problems.convex import (
     sam,
     stability_bound,
 )
+from flatminima.problems.convex_sagd_trap import PRINTED_FLOOR
 from flatminima.protocols.claims import DERIVED, RECORDED, Claim
 from flatminima.protocols.convex_constants import invariants
 from flatminima.protocols.convex_traps import sam_run, saturated
@@ -54,8 +55,8 @@ def _one_iterate() -> Claim:
     claim = Claim("E4: Theorem 3 needs T ≥ 2; with one iterate the output is the start", {"η": 0.25, "ρ": 0.0}, DERIVED)
     for steps in (1, 2):
         f = SAGDTrap(6, steps, 0.0, sample="spurious")
-        found, radius = f.suffix_risk(1, lr=0.25, radius=4 / math.sqrt(steps)), 4 / math.sqrt(steps)
-        holds = found >= f.floor(lr=0.25, radius=radius)
+        radius = 4 / math.sqrt(steps)
+        holds = f.suffix_risk(1, lr=0.25, radius=radius) >= PRINTED_FLOOR * (0.25 * radius) ** 2 * steps
         claim.same(f"the bound holds, T = {steps}", steps > 1, holds)
     return claim
 

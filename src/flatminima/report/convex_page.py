@@ -70,7 +70,10 @@ def render_convex(results: Mapping[str, Any]) -> str:
             ],
             "run": [
                 Key("iterate", plots.FALLS, "circle"), Key("mean of all so far", plots.UNIFORM, "circle"),
-                Key("means from ¾, ½ and ¼ of the run on", 6, "circle"),
+                *(
+                    Key(f"mean from {share} of the run on", index, "circle")
+                    for share, index in zip("¾½¼", plots.SUFFIX_COLOURS.values(), strict=True)
+                ),
             ],
             "axis": [
                 Key("gradient descent", plots.HARMLESS, "circle"), Key("SAM", plots.FALLS, "circle"),

@@ -15,6 +15,7 @@ Record = Mapping[str, Any]
 #: Colours by what a line is, the same in every plot of the page.
 FALLS, HARMLESS, UNIFORM, POWER, PRINTED = 2, 0, 1, 3, 4
 TIE_COLOURS = {"adversarial": FALLS, "auxiliary": HARMLESS, "uniform": UNIFORM, "power": POWER}
+SUFFIX_COLOURS = {0.75: 5, 0.5: 6, 0.25: 7}  # by where in the run the mean begins
 VARIANT_COLOURS = {"paper": PRINTED, "corrected": UNIFORM, "conditioned": POWER}
 _HEAT = [[0.0, "var(--heat-0)"], [0.5, "var(--heat-1)"], [1.0, "var(--heat-2)"]]
 _FLOOR = 1e-6
@@ -110,10 +111,10 @@ def along_the_run(runs: Sequence[Record]) -> list[Panel]:
             continue
         steps = len(run["every"])
         traces = [_line(range(1, steps + 1), run["last"], FALLS, "iterate w_t, step", width=2.4)]
-        for i, share in enumerate((0.75, 0.5, 0.25)):
+        for share, index in SUFFIX_COLOURS.items():
             tau = max(1, round(share * steps))
             means = [row[tau - 1] for row in run["every"][tau - 1 :]]
-            traces.append(_line(range(tau, steps + 1), means, (5, 6, 7)[i], f"mean of w_{tau} ... w_t, step"))
+            traces.append(_line(range(tau, steps + 1), means, index, f"mean of w_{tau} ... w_t, step"))
         traces.append(_line(range(1, steps + 1), run["mean"], UNIFORM, "mean of w_1 ... w_t, step"))
         traces.append(
             _line(range(1, steps + 1), run["empirical"], "var(--ink)", "empirical risk, step", dash="dot", width=1.6)

@@ -14,7 +14,7 @@ from flatminima.report.domains_tables import (
     pooled_table,
     valley_table,
 )
-from flatminima.report.markdown import escaped, markdown_table
+from flatminima.report.markdown import escaped, markdown
 
 
 def swad_markdown(results: Mapping[str, Any]) -> str:
@@ -31,5 +31,5 @@ def swad_markdown(results: Mapping[str, Any]) -> str:
         flatness_table(results), failures_table(results),
     ):  # fmt: skip
         if table:
-            parts.append(f"**{table.title}**\n\n{markdown_table(table)}")
+            parts.append(f"**{table.title}**\n\n{markdown(table)}")
     return "\n\n".join(parts) + "\n"

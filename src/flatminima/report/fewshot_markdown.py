@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flatminima.report import fewshot_tables as tables
-from flatminima.report.markdown import escaped, markdown_table
+from flatminima.report.markdown import escaped, markdown
 
 
 def f2m_markdown(results: Mapping[str, Any]) -> str:
@@ -24,5 +24,5 @@ def f2m_markdown(results: Mapping[str, Any]) -> str:
     ):  # fmt: skip
         table = getattr(tables, f"{name}_table")(results)
         if table:
-            parts.append(f"**{table.title}**\n\n{markdown_table(table)}")
+            parts.append(f"**{table.title}**\n\n{markdown(table)}")
     return "\n\n".join(parts) + "\n"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_METHODS = {"sgd": "SGD", "sam": "SAM", "swad": "SWAD"}
+from flatminima.study import methods as known
 
 
 def method(name: object) -> str:
     """``sam+swad`` as ``SAM+SWAD``; names of others stay as they are."""
-    return "+".join(_METHODS.get(part, part) for part in str(name).split("+"))
+    return known.label(str(name))
 
 
 def symmetry(kind: object) -> str:

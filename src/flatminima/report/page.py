@@ -13,6 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from flatminima.report import labels, plots, run_plots, tables
+from flatminima.report.methods_table import LEGEND, MANY, methods_table, turned
 from flatminima.report.numbers import MISSING, as_finite, integer, plain
 from flatminima.report.panels import COLOURS, Panel, symbol
 
@@ -67,6 +68,8 @@ def _question(results: Mapping[str, Any]) -> str:
     names = [labels.method(name) for name in labels.methods(results)]
     if len(names) < 2:
         return f"How flat are the minima that {names[0]} finds?" if names else "How flat are these minima?"
+    if len(names) > MANY:
+        return f"Which of {len(names) - 1} methods find flatter minima than {names[0]}, and which predict better?"
     others = _joined(names[1:], "and")
     verb, they = ("does", "it") if len(names) == 2 else ("do", "they")
     return f"{verb.capitalize()} {others} find flatter minima than {names[0]}, and {verb} {they} predict better?"
@@ -150,6 +153,9 @@ def render(results: Mapping[str, Any]) -> str:
             f"results have schema {results.get('schema')!r}, but this version reads schema 1: make them anew"
         )
     names = labels.methods(results)
+    performance, measures = tables.performance_table(results), tables.measure_table(results)
+    if len(names) > MANY:
+        performance, measures = turned(performance), turned(measures)
     context = {
         "results": results,
         "question": _question(results),
@@ -158,6 +164,7 @@ def render(results: Mapping[str, Any]) -> str:
         "facts": _facts(results),
         "command": str(results.get("command") or "flatminima compare"),
         "keys": [Key(labels.method(name), index % COLOURS, symbol(index)) for index, name in enumerate(names)],
+        "methods_legend": LEGEND,
         "first": labels.method(names[0]) if names else "",
         "several": any((summary.get("n") or 0) > 1 for summary in results.get("methods") or []),
         "interval_count": tables.interval_count(results),
@@ -166,8 +173,9 @@ def render(results: Mapping[str, Any]) -> str:
         "proofs": _proofs(results),
         "rejected": _rejected(results),
         "tables": {
-            "performance": tables.performance_table(results),
-            "measures": tables.measure_table(results),
+            "methods": methods_table(results),
+            "performance": performance,
+            "measures": measures,
             "summary": tables.summary_table(results),
             "failed": tables.failed_table(results),
             "runs": tables.run_table(results),

@@ -37,8 +37,8 @@ def colour(index: int) -> str:
 
 
 def symbol(index: int) -> str:
-    """The marker of the method at ``index``: colour is never the only difference."""
-    return SYMBOLS[index % len(SYMBOLS)]
+    """The marker of the method at ``index``: colour is never the only difference, and 32 methods all look different."""
+    return SYMBOLS[(index + index // COLOURS) % len(SYMBOLS)]
 
 
 def marker(index: int, size: float) -> dict[str, Any]:

@@ -203,7 +203,9 @@ def run_table(results: Results) -> Table:
         window = MISSING
         start, end = as_finite(swad.get("start_step")), as_finite(swad.get("end_step"))
         if start is not None and end is not None:
-            window = f"{start:.0f} to {end:.0f}"
+            window = f"steps {start:.0f} to {end:.0f}"
+        elif run.get("average"):
+            window = f"{integer(run['average'].get('n'))} iterates"
         cells = [Cell(labels.method(run.get("method"))), Cell(str(run.get("seed", MISSING)))]
         cells += [Cell(str(run.get("status", MISSING)), tone="bad" if run.get("status") == "failed" else "")]
         cells += [_number_cell(run.get(key), integer(run.get(key))) for key in ("steps", "gradient_evaluations")]
@@ -213,6 +215,7 @@ def run_table(results: Results) -> Table:
             percent = _scaled(run.get(key), 100.0)
             cells.append(_number_cell(percent, None if percent is None else f"{percent:.2f}"))
         notes = list(swad.get("notes") or [])
+        notes += [f"{key} {value:g}" for key, value in (run.get("average") or {}).items() if key != "n"]
         if swad and swad.get("converged") is False:
             notes.insert(0, "never converged")
         cells.append(Cell(window, "; ".join(str(note) for note in notes)))
@@ -229,7 +232,7 @@ def run_table(results: Results) -> Table:
         Column("Training accuracy", "%"),
         Column("Validation accuracy", "%"),
         Column("Test accuracy", "%"),
-        Column("SWAD window", "steps", numeric=False),
+        Column("Averaged", numeric=False),
     )
     return Table("runs", "Every run", columns, tuple(rows))
 

@@ -10,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from flatminima.report import measure_tables, reproduction, tables
+from flatminima.report import labels, measure_tables, reproduction, tables
+from flatminima.report.methods_table import FLATNESS_LEGEND, LEGEND, MANY, flatness_table, methods_table, without
 from flatminima.report.tables import Cell, Table
 
 _STYLES = {"good": "green", "bad": "red", "": ""}
@@ -63,14 +64,18 @@ def unrolled(table: Table) -> RichTable:
 
 
 def compare_table(results: Mapping[str, Any]) -> RenderableType:
-    """The page's answer, performance, flatness, audit and failed runs, for ``console.print``."""
+    """The page's answer, performance, flatness, audit and failed runs, for ``console.print``; of many methods a row each."""
     parts: list[RenderableType] = [Text(str(results.get("answer") or ""), style="bold")]
     for key in ("details", "cautions"):
         parts += [Text(f"• {sentence}") for sentence in results.get(key) or []]
     parts.append(Text(""))
-    for table in (tables.performance_table(results), tables.measure_table(results)):
-        if table:
-            parts.append(unrolled(table))
+    if len(labels.methods(results)) > MANY:
+        performance = without(methods_table(results), "n", "p")  # what fits; the page has all
+        for table, legend in ((performance, LEGEND), (flatness_table(results), FLATNESS_LEGEND)):
+            if table:
+                parts += [rendered(table), Text(f"{legend}\n", style="dim")]
+    else:
+        parts += [unrolled(t) for t in (tables.performance_table(results), tables.measure_table(results)) if t]
     for table in (tables.audit_table(results), tables.failed_table(results)):
         if table:
             parts.append(rendered(table))

@@ -9,13 +9,7 @@ from typing import Any
 from flatminima.data import DATASETS
 from flatminima.models import MODELS
 from flatminima.names import unknown
-
-METHODS: dict[str, str] = {
-    "sgd": "SGD with momentum; the last iterate",
-    "sam": "sharpness-aware minimisation around SGD; the last iterate",
-    "swad": "SGD, averaged densely over the valley of the validation loss",
-    "sam+swad": "SAM, averaged densely over the valley of the validation loss",
-}
+from flatminima.study.methods import METHODS, expand, parse
 
 
 class SettingsError(ValueError):
@@ -29,21 +23,23 @@ class CompareSettings:
     Attributes:
         data: data set name.
         model: reference network name.
-        methods: what is compared; the first is the one the others are compared to.
+        methods: what is compared, by the names of :mod:`flatminima.study.methods`; ``"all"`` stands for every single method
+            that the model allows. The first is the one the others are compared to.
         seeds: runs per method, with seeds 0 .. seeds-1. A seed fixes initial weights and data order, the same for all methods.
         epochs: passes of SGD over the training set; exclusive with ``steps``.
         steps: optimiser steps of SGD; exclusive with ``epochs``.
         budget: ``"gradients"`` gives every method the same number of gradient evaluations (SAM then takes half the steps),
-            ``"steps"`` the same number of steps.
+            ``"steps"`` the same number of steps. A gradient evaluation is one of all rows of a step.
         batch_size: rows a step.
-        lr: learning rate.
+        lr: learning rate of every method but bSAM, which brings its own (:mod:`flatminima.study.steps`).
         momentum: of SGD.
         weight_decay: of SGD.
-        schedule: ``"constant"`` (what SWAD assumes) or ``"cosine"`` to zero, for all methods.
-        rho: radius of SAM.
+        schedule: ``"constant"`` (what SWAD assumes) or ``"cosine"`` to zero, for all methods, over the budget spent.
+        rho: radius of SAM and its variants; ASAM takes ten times of it, its customary ratio, and bSAM its own.
         tolerance: of SWAD, the relative rise of the validation loss that ends the valley.
         train_size: rows of the training split to keep; ``None`` keeps all.
         data_seed: of the split; the same for all runs.
+        monitor_rows: validation rows behind the loss that SWAD watches, evaluated 50 times a run; ``None`` takes 2,000.
         measure_rows: training rows the measures see.
         audit_rows: training rows the audit sees.
         audit_members: random reparameterisations per symmetry; 0 leaves the audit out.
@@ -66,6 +62,7 @@ class CompareSettings:
     tolerance: float = 0.3
     train_size: int | None = None
     data_seed: int = 0
+    monitor_rows: int | None = None
     measure_rows: int = 1000
     audit_rows: int = 128
     audit_members: int = 5
@@ -77,10 +74,11 @@ class CompareSettings:
         if self.model not in MODELS:
             raise SettingsError(unknown("model", self.model, MODELS))
         if not self.methods:
-            raise SettingsError("--methods is empty: name at least one of " + ", ".join(METHODS))
-        for method in self.methods:
-            if method not in METHODS:
-                raise SettingsError(unknown("method", method, METHODS))
+            raise SettingsError("--methods is empty: name at least one of " + ", ".join(METHODS) + ", or all")
+        try:
+            object.__setattr__(self, "methods", expand(self.methods, self.model))
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
         if len(set(self.methods)) < len(self.methods):
             raise SettingsError(f"--methods names a method twice: {', '.join(self.methods)}")
         if self.epochs is not None and self.steps is not None:
@@ -90,7 +88,7 @@ class CompareSettings:
                 raise SettingsError(unknown(f"--{name}", getattr(self, name), allowed))
         for name, least in (
             ("seeds", 1), ("epochs", 1), ("steps", 2), ("batch_size", 1), ("train_size", 1),
-            ("data_seed", 0), ("measure_rows", 1), ("audit_rows", 1), ("audit_members", 0),
+            ("data_seed", 0), ("monitor_rows", 1), ("measure_rows", 1), ("audit_rows", 1), ("audit_members", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
@@ -120,7 +118,7 @@ class CompareSettings:
         return cls(**{**values, "methods": tuple(values["methods"])})
 
     def sgd_steps(self, train_rows: int) -> int:
-        """Optimiser steps of a method with one gradient a step; even, so that half of it is a whole number."""
+        """Optimiser steps of a method with one gradient a step, and the gradient evaluations of the budget; even."""
         if self.steps is not None:
             total = self.steps
         else:
@@ -129,26 +127,24 @@ class CompareSettings:
         return total + total % 2
 
     def method_steps(self, method: str, train_rows: int) -> int:
-        """Optimiser steps of a method under the budget."""
+        """Optimiser steps of a method under the budget; the expected ones where a variant decides from step to step."""
         steps = self.sgd_steps(train_rows)
-        return steps // gradients_per_step(method) if self.budget == "gradients" else steps
+        return int(steps / parse(method).usual_cost) if self.budget == "gradients" else steps
 
     def command(self) -> str:
         """The command line that makes these results."""
         default = CompareSettings()
         words = ["flatminima compare"]
-        for name, value in self.to_dict().items():
+        everything = expand(["all"], self.model)
+        count = len(everything)
+        methods = ["all", *self.methods[count:]] if self.methods[:count] == everything else list(self.methods)
+        for name, value in {**self.to_dict(), "methods": methods}.items():
             if name in ("data", "model", "methods", "seeds") or value != default.to_dict()[name]:
                 words.append(f"{_flag(name)} {','.join(value) if isinstance(value, list) else value}")
         return " ".join(words)
 
 
 DEFAULT_EPOCHS = 60
-
-
-def gradients_per_step(method: str) -> int:
-    """Gradient evaluations a step of this method costs."""
-    return 2 if "sam" in method.split("+") else 1
 
 
 def _flag(name: str) -> str:

@@ -10,11 +10,15 @@ import flatminima
 from flatminima.audit import RESOLVED
 from flatminima.data import Splits
 from flatminima.measures import MEASURES
+from flatminima.study.methods import label, parse
 from flatminima.study.settings import CompareSettings
-from flatminima.study.statistics import interval, paired
+from flatminima.study.statistics import LEVEL, holm, interval, paired, paired_p
+from flatminima.study.steps import ASAM_RATIO
 
 SCHEMA = 1
 _SCORES = ("test_accuracy", "test_loss", "train_loss", "generalisation_gap")
+_SPENT = ("steps", "gradient_evaluations")
+_FEW = 6  # methods: of more, only what is told apart gets a sentence
 
 _VERDICTS = ("not tested", "survives", "undecided", "changes")  # the worst of several cells counts
 
@@ -25,6 +29,7 @@ def summarise(settings: CompareSettings, splits: Splits, parameters: int, record
     """The dictionary that ``results.json`` holds; docs/results.md documents it."""
     runs = [_run(record) for record in records]
     methods = [_method(name, settings.methods[0], runs) for name in settings.methods]
+    _correct(methods, runs)
     audit = _audit(settings, len(splits.train), runs)
     return {
         "schema": SCHEMA,
@@ -42,6 +47,7 @@ def summarise(settings: CompareSettings, splits: Splits, parameters: int, record
             "test": len(splits.test),
             "note": splits.note,
         },
+        "budget": {"kind": settings.budget, "amount": settings.sgd_steps(len(splits.train))},
         "network": {"name": settings.model, "parameters": parameters},
         "measures": {
             m.name: {
@@ -67,7 +73,7 @@ def _run(record: Record) -> Record:
     )  # fmt: skip
     run = {key: record.get(key) for key in keys}
     run["measures"] = record.get("measures", {})
-    for key in ("history", "swad", "landscape", "density", "audit", "audit_verdict"):
+    for key in ("history", "swad", "average", "landscape", "density", "audit", "audit_verdict"):
         run[key] = record.get(key)
     run["proofs"], run["rejected"] = record.get("proofs", {}), record.get("rejected", [])
     return run
@@ -76,6 +82,9 @@ def _run(record: Record) -> Record:
 def _method(name: str, first: str, runs: Sequence[Record]) -> Record:
     mine = _finished(runs, name)
     entry: Record = {"method": name, "n": len(mine), "failed": sum(r["method"] == name for r in runs) - len(mine)}
+    for key in _SPENT:
+        spent = [r[key] for r in mine]
+        entry[key] = {"least": min(spent), "mean": math.fsum(spent) / len(spent), "most": max(spent)} if spent else None
     for score in _SCORES:
         entry[score] = interval(list(_values(mine, score).values()))
     entry["measures"] = {}
@@ -92,6 +101,19 @@ def _method(name: str, first: str, runs: Sequence[Record]) -> Record:
         versus["measures"] = {m: paired(_values(mine, m), _values(reference, m)) for m in MEASURES}
         entry["versus_first"] = versus
     return entry
+
+
+def _correct(methods: Sequence[Record], runs: Sequence[Record]) -> None:
+    """p-values of the primary comparison, test accuracy, and what Holm's correction for their number makes of them."""
+    reference = _values(_finished(runs, methods[0]["method"]), "test_accuracy") if methods else {}
+    others = [m for m in methods if m["versus_first"] is not None]
+    for m in others:
+        found = paired_p(_values(_finished(runs, m["method"]), "test_accuracy"), reference)
+        m["versus_first"]["test_accuracy"] |= {"p": found, "p_holm": None}
+    tested = [m["versus_first"]["test_accuracy"] for m in others if m["versus_first"]["test_accuracy"]["n"] > 1]
+    # One without a p-value still counts in the family.
+    for versus, corrected in zip(tested, holm([1.0 if v["p"] is None else v["p"] for v in tested]), strict=True):
+        versus["p_holm"] = None if versus["p"] is None else corrected
 
 
 def _finished(runs: Sequence[Record], method: str) -> list[Record]:
@@ -175,6 +197,11 @@ def _answer(settings: CompareSettings, methods: Sequence[Record], audit: Record)
     clauses.append(f"{better or 'no method'} predicted better than {_label(first)} on held-out data")
     if worse:
         clauses[-1] += f", and {worse} predicted worse"
+    seen = [m for m in others if _sign(m["versus_first"]["test_accuracy"])]
+    if seen and len(others) > 1:
+        kept = [m for m in seen if _holds(m["versus_first"]["test_accuracy"])]
+        which = "all" if len(kept) == len(seen) else f"only {_list([_label(m) for m in kept])}" if kept else "none"
+        clauses[-1] += f" (of these differences Holm's correction for {len(others)} comparisons leaves {which})"
     return f"On {settings.data}, with {n} paired seeds: {'; '.join(clauses)}."
 
 
@@ -193,18 +220,25 @@ def _details(methods: Sequence[Record], audit: Record) -> list[str]:
     """The effects on held-out data and on the invariant numbers, method by method."""
     words = {-1: "flatter", 0: "no detectable difference", 1: "sharper"}
     lines = []
-    for m in methods[1:]:
+    compared = [m for m in methods[1:] if m["versus_first"]["test_accuracy"]["low"] is not None]
+    shown = compared if len(compared) <= _FEW else [m for m in compared if _sign(m["versus_first"]["test_accuracy"])]
+    for m in shown:
         versus = m["versus_first"]["test_accuracy"]
-        if versus["low"] is not None:
-            low, middle, high = (_points(versus[key]) for key in ("low", "difference", "high"))
-            seen = "" if _sign(versus) else ": no detectable difference"
-            lines.append(
-                f"Test accuracy of {_label(m)} minus {_label(methods[0])}: {middle} points, 95% interval [{low}, {high}], "
-                f"n={versus['n']}{seen}."
-            )
-            signs = [f"{MEASURES[k].label} {words[_sign(m['versus_first']['measures'][k])]}" for k in _survivors(audit)]
-            if signs:
-                lines.append(f"Flatness of {_label(m)} against {_label(methods[0])}: {', '.join(signs)}.")
+        low, middle, high = (_points(versus[key]) for key in ("low", "difference", "high"))
+        seen = "" if _sign(versus) else ": no detectable difference"
+        corrected = f", Holm's p {versus['p_holm']:.2g}" if len(compared) > 1 and versus["p_holm"] is not None else ""
+        lines.append(
+            f"Test accuracy of {_label(m)} minus {_label(methods[0])}: {middle} points, 95% interval [{low}, {high}], "
+            f"n={versus['n']}{corrected}{seen}."
+        )
+        signs = [f"{MEASURES[k].label} {words[_sign(m['versus_first']['measures'][k])]}" for k in _survivors(audit)]
+        if signs:
+            lines.append(f"Flatness of {_label(m)} against {_label(methods[0])}: {', '.join(signs)}.")
+    if len(shown) < len(compared):
+        lines.append(
+            f"Of {len(compared) - len(shown)} of the {len(compared)} methods the test accuracy cannot be told from that of "
+            f"{_label(methods[0])}."
+        )
     return lines
 
 
@@ -241,16 +275,37 @@ def _cautions(settings: CompareSettings, audit: Record, classes: int, runs: Sequ
             f"{chance} of {len(finished)} runs fit their training rows hardly better than chance: a network that learned "
             "nothing can be perfectly flat."
         )
-    if settings.schedule == "constant" and averaged:
+    methods = [parse(name) for name in settings.methods]
+    if settings.schedule == "constant" and any(m.average for m in methods):
         lines.append(
             "All methods train with a constant learning rate, which SWAD assumes; averaging then also does what a decaying "
             "rate would do for the others (try --schedule cosine)."
         )
+    if any(m.optimizer not in ("sgd", "sam") for m in methods):
+        lines.append(_defaults(settings))
     lines.append(
         f"The budget is equal in {settings.budget}. Intervals are over seeds (initial weights and data order) on one split, "
-        "each comparison by itself, without correction for their number. The test set was used once, after training."
+        "each comparison by itself; Holm's correction is for the test accuracies alone. The test set was used once, after "
+        "training."
     )
     return lines
+
+
+def _defaults(settings: CompareSettings) -> str:
+    """What the variants were given; none of it was tuned."""
+    optimizers = {parse(name).optimizer for name in settings.methods}
+    exceptions = []
+    if "asam" in optimizers:
+        exceptions.append(f"ASAM, whose radius is in units of the weights, at {ASAM_RATIO * settings.rho:g}")
+    if "bsam" in optimizers:
+        exceptions.append("bSAM at the learning rate and radius that its authors publish")
+    but = f"; {' and '.join(exceptions)}" if exceptions else ""
+    return f"Every variant has its documented defaults, untuned, and the radius {settings.rho:g}{but}."
+
+
+def _holds(difference: Record) -> bool:
+    """Whether the difference is left by Holm's correction."""
+    return difference["p_holm"] is not None and difference["p_holm"] <= 1 - LEVEL
 
 
 def _sign(difference: Record) -> int:
@@ -261,7 +316,7 @@ def _sign(difference: Record) -> int:
 
 
 def _label(method: Record) -> str:
-    return str(method["method"]).upper()
+    return label(str(method["method"]))
 
 
 def _points(fraction: float) -> str:

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flatminima import models
-from flatminima.averaging import SWAD, reestimate_batchnorm
 from flatminima.data import Splits, TensorSplit
-from flatminima.optim import SAM
-from flatminima.study.settings import CompareSettings, gradients_per_step
+from flatminima.study.averages import Averaging
+from flatminima.study.methods import parse
+from flatminima.study.settings import CompareSettings
+from flatminima.study.steps import Steps
 
 EVALUATIONS = 50  # of the validation loss in a run: the SWAD specification asks for one every 1-2 % of the steps
-MONITOR_ROWS = 2000  # of the validation split, for those evaluations
+MONITOR_ROWS = 2000  # of the validation split, for those evaluations, unless the settings say otherwise
 _CHUNK = 1024
-_SWAD_FIELDS = ("start_step", "end_step", "n", "converged", "threshold", "detected_at", "stopped_at")
+_PIECE = 256  # rows of a forward pass: activations that stay in the cache, twice as fast as a whole chunk for pictures
 
 
 @dataclass
@@ -33,6 +34,7 @@ class TrainingRecord:
         default_factory=lambda: {"step": [], "train_loss": [], "validation_loss": [], "validation_accuracy": []}
     )
     swad: dict[str, Any] | None = None
+    average: dict[str, Any] | None = None
     failure: dict[str, Any] | None = None
 
 
@@ -52,11 +54,12 @@ def train(
     """Train one network.
 
     Initial weights and the order of the training rows depend on ``seed`` alone, so the methods of a seed are paired. The
-    validation loss is evaluated every 1/50 of the run; SWAD reads it, nothing else does. A NaN or infinite loss ends the run:
-    the record then holds the step and the reason.
+    validation loss is evaluated every 1/50 of the run; SWAD reads it, nothing else does. A NaN or infinite loss or gradient
+    ends the run: the record then holds the step and the reason.
 
     Returns:
-        The model in eval mode, on the settings' device (SWAD: with its average, BatchNorm re-estimated), and the record.
+        The model in eval mode, on the settings' device (with its average, BatchNorm re-estimated, where the method has one),
+        and the record.
     """
     device = torch.device(settings.device)
     model = models.build(settings.model, splits.input_shape, splits.classes, seed=seed).to(device)
@@ -75,7 +78,7 @@ def evaluate(model: nn.Module, split: TensorSplit, device: torch.device) -> tupl
     loss, correct = 0.0, 0
     with torch.no_grad():
         for x, y in zip(split.x.split(_CHUNK), split.y.split(_CHUNK), strict=True):
-            logits = model(x.to(device))
+            logits = torch.cat([model(piece.to(device)) for piece in x.split(_PIECE)])
             loss += float(F.cross_entropy(logits.double(), y.to(device), reduction="sum"))
             correct += int((logits.argmax(1) == y.to(device)).sum())
     model.train(was_training)
@@ -92,40 +95,25 @@ def _run(
     progress: Callable[[float], None],
 ) -> None:
     device = torch.device(settings.device)
-    total = settings.method_steps(method, len(splits.train))
-    every = max(1, total // EVALUATIONS)
-    base = torch.optim.SGD(
-        model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
-    parts = method.split("+")
-    optimizer = SAM(base, settings.rho, model=model) if "sam" in parts else base
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(base, total) if settings.schedule == "cosine" else None
-    swad = SWAD(model, tolerance=settings.tolerance) if "swad" in parts else None
-    monitor = TensorSplit(splits.validation.x[:MONITOR_ROWS], splits.validation.y[:MONITOR_ROWS])
+    rows = len(splits.train)
+    every = max(1, settings.method_steps(method, rows) // EVALUATIONS)
+    steps = Steps(parse(method), settings, model, rows, seed)
+    average = Averaging(parse(method), settings, model, rows)
+    seen = slice(0, settings.monitor_rows or MONITOR_ROWS)
+    monitor = TensorSplit(splits.validation.x[seen], splits.validation.y[seen])
     torch.manual_seed(seed)
     model.train()
     window: list[float] = []
-    for step, (x, y) in zip(range(total), _batches(splits.train, settings.batch_size, seed), strict=False):
-        x, y = x.to(device), y.to(device)
-
-        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            return loss
-
-        loss = float(optimizer.step(closure).detach())
-        record.steps, record.gradient_evaluations = step + 1, (step + 1) * gradients_per_step(method)
+    for step, (x, y) in enumerate(_batches(splits.train, settings.batch_size, seed)):
+        loss = steps.step(x.to(device), y.to(device))
+        record.steps, record.gradient_evaluations = steps.taken, steps.spent
         if not math.isfinite(loss):
             raise _Diverged(step, f"the training loss became {loss}")
-        if isinstance(optimizer, SAM) and optimizer.skipped:
+        if steps.skipped:
             raise _Diverged(step, "a gradient became NaN or infinite")
-        if schedule is not None:
-            schedule.step()
         window.append(loss)
-        if swad is not None:
-            swad.update()
-        if step % every == 0 or step == total - 1:
+        average.after_step(steps.done)
+        if step % every == 0 or steps.done >= 1:
             value, accuracy = evaluate(model, monitor, device)
             if not math.isfinite(value):
                 raise _Diverged(step, f"the validation loss became {value}")
@@ -137,19 +125,16 @@ def _run(
             ):
                 record.history[name].append(entry)
             window.clear()
-            progress((step + 1) / total)
-            if swad is not None and swad.evaluate(value).dead:
+            progress(steps.done)
+            if average.after_evaluation(value) or steps.done >= 1:
                 break
-    if swad is not None:
-        result = swad.finalize()
-        record.swad = {name: getattr(result, name) for name in _SWAD_FIELDS} | {"notes": list(result.notes)}
-        swad.copy_to(model)
-        parts_of_train = math.ceil(len(splits.train) / _CHUNK)
-        # Parts of nearly equal size: a last part of one row has no variance.
-        chunks = zip(
-            splits.train.x.tensor_split(parts_of_train), splits.train.y.tensor_split(parts_of_train), strict=True
-        )
-        reestimate_batchnorm(model, chunks)
+    record.swad, record.average = average.finish(_chunks(splits.train))
+
+
+def _chunks(split: TensorSplit) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of nearly equal size: a last part of one row has no variance."""
+    parts = math.ceil(len(split) / _CHUNK)
+    return zip(split.x.tensor_split(parts), split.y.tensor_split(parts), strict=True)
 
 
 def _batches(split: TensorSplit, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
