@@ -16,7 +16,7 @@ import torch
 from flatminima.data.splits import DataError
 from flatminima.protocols.fewshot_base import BaseCell, new_network, run_base
 from flatminima.protocols.fewshot_cell import SessionCell, cell_name, run_sessions
-from flatminima.protocols.fewshot_flatness import ProbeCell, run_probe
+from flatminima.protocols.fewshot_flatness import ProbeCell, probe_name, run_probe
 from flatminima.protocols.fewshot_methods import ARMS, BASES, DEFAULT_METHODS, METHODS, base_settings, chosen_methods
 from flatminima.protocols.fewshot_settings import FewShotSettings
 from flatminima.protocols.fewshot_summary import summarise
@@ -58,20 +58,20 @@ class Plan:
         made = [BaseCell(self.settings, base, seed, self.draws) for seed in range(self.seeds) for base in self.bases]
         return {cell.name: cell for cell in made}
 
-    def second_stage(self) -> list[str]:
-        """Names of the tasks of the second stage: a base network's together, so that a process can keep its activations."""
-        names = []
+    def second_stage(self) -> dict[str, tuple[str, int]]:
+        """Tasks of the second stage by name, with the base and seed whose network they need.
+
+        Those of a network stand together, so that a process can keep its activations.
+        """
+        named: dict[str, tuple[str, int]] = {}
         for seed in range(self.seeds):
             for base in self.bases:
                 if self.settings.probe_rows:
-                    names.append(f"{base}-seed{seed}-flatness")
-                names += [
-                    cell_name(base, arm, seed, draw)
-                    for b, arm in self.streams
-                    if b == base
-                    for draw in range(self.draws)
-                ]
-        return names
+                    named[probe_name(base, seed)] = base, seed
+                for b, arm in self.streams:
+                    if b == base:
+                        named |= {cell_name(base, arm, seed, draw): (base, seed) for draw in range(self.draws)}
+        return named
 
 
 def plan(
@@ -167,10 +167,10 @@ def reproduce_f2m(
         second = second_cells(made, store)
         run_tasks(_run_second, second, store, workers=workers, ray=ray, resources=resources, progress=progress)
     names = [*made.base_cells(), *made.second_stage()]
-    records = {name: record for name in names if (record := store.result(name)) is not None}
+    records = {name: found for name in names if (found := store.result(name)) is not None}
     if not any(record["cell"] == "sessions" for record in records.values()):
         raise SettingsError(f"{directory} holds no finished stream of sessions yet; run it without --render")
-    return summarise(made, names, records, command)
+    return summarise(made, records, command)
 
 
 def second_cells(made: Plan, store: ResultStore) -> dict[str, SessionCell | ProbeCell]:

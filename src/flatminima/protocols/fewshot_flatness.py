@@ -39,7 +39,12 @@ class ProbeCell:
     @property
     def name(self) -> str:
         """Of the task and its files."""
-        return f"{self.base}-seed{self.seed}-flatness"
+        return probe_name(self.base, self.seed)
+
+
+def probe_name(base: str, seed: int) -> str:
+    """The name of a measurement of flatness."""
+    return f"{base}-seed{seed}-flatness"
 
 
 def run_probe(cell: ProbeCell, report: Callable[[float], None] = lambda fraction: None) -> dict[str, Any]:

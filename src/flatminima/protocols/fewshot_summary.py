@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import flatminima
@@ -16,15 +16,12 @@ if TYPE_CHECKING:
     from flatminima.protocols.fewshot import Plan
 
 
-def summarise(
-    made: Plan, names: Sequence[str], records: Mapping[str, Mapping[str, Any]], command: str
-) -> dict[str, Any]:
+def summarise(made: Plan, records: Mapping[str, Mapping[str, Any]], command: str) -> dict[str, Any]:
     """Tables, tests, verdicts and curves.
 
     Args:
         made: the plan.
-        names: of all its tasks.
-        records: of those that are finished.
+        records: of its tasks that are finished, by name.
         command: that makes the results.
 
     Returns:
@@ -32,10 +29,11 @@ def summarise(
     """
     settings = made.settings
     results = table.Results(records.values(), made.methods, made.seeds, made.draws)
-    # A base training that diverged has no second stage: its tasks are not missing.
+    needed = made.second_stage()
+    names = [*made.base_cells(), *needed]
+    # What needs a base training that diverged can never be done: it is not missing.
     lost = {(r["base"], r["seed"]) for r in results.bases if r["failure"] is not None}
-    gone = [n for n in names if any(n.startswith((f"{b}-seed{s}-", f"{b}+")) and f"-seed{s}-" in n for b, s in lost)]
-    missing = [name for name in names if name not in records and name not in gone]
+    missing = [name for name in names if name not in records and needed.get(name) not in lost]
     data, split = data_and_split(settings, 0, made.draws)
     rows = [table.method_row(results, name) for name in results.methods()]
     compared = table.comparisons(results)
