@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from playwright.sync_api import Browser
 from conftest import Outcome
 from fewshot_fixture import tiny_data, tiny_settings
 from flatminima.protocols import fewshot, fewshot_views
+from flatminima.protocols.fewshot_settings import FewShotSettings, preset
 from flatminima.protocols.fewshot_split import FewShotSplit
 from flatminima.report.fewshot_markdown import f2m_markdown
 from flatminima.report.fewshot_page import render_f2m
@@ -101,22 +103,6 @@ def test_the_command_trains_resumes_and_shows_what_is_there(run: Run, tmp_path: 
     changed = run("reproduce", "f2m", *small, "--seeds", 1, "--draws", 1, "--bound", 0.1)
     assert changed.status == 2
     assert "experiment with other settings (bound: 0.005 there, 0.1 now)" in changed.err
-    # The split that was written can be used again, and decides everything about classes and shots.
-    reused = run(
-        "reproduce",
-        "f2m",
-        *small[:-1],
-        tmp_path / "again",
-        "--split",
-        out / "splits" / "seed0.json",
-        "--seeds",
-        1,
-        "--draws",
-        1,
-    )
-    assert reused.status == 0, reused.err
-    streams = json.loads((tmp_path / "again" / "results.json").read_text())["streams"]
-    assert [s["correct"] for s in streams] == [s["correct"] for s in found["streams"]]
 
 
 @pytest.mark.parametrize(
@@ -181,22 +167,44 @@ def test_a_base_that_diverged_has_no_sessions_and_is_named(monkeypatch: pytest.M
     assert "the training loss became" in f2m_markdown(found)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("where", [{"workers": 2}, pytest.param({"ray": "local"}, marks=pytest.mark.slow)])
 def test_where_it_runs_changes_nothing(where: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    from flatminima.protocols.fewshot_settings import preset
-
-    data = pictures(tmp_path / "mine")
-    settings = preset(
-        str(data), size=16, base=3, way=1, shot=2, iterations=3, model_options={"width": 4, "blocks": 1}, layers=2,
-        probe_rows=0, crop=14,
-    )  # fmt: skip
+    settings = small_settings(pictures(tmp_path / "mine"))
     made = fewshot.plan(settings, ["baseline", "f2m"], seeds=1, draws=2)
-    found = [fewshot.reproduce_f2m(made, tmp_path / str(i), **how) for i, how in enumerate(({}, where))]  # type: ignore[arg-type]
+    _in_this_process(made, tmp_path / "here")
+    found = [
+        fewshot.reproduce_f2m(made, tmp_path / "here", run=False),
+        fewshot.reproduce_f2m(made, tmp_path / "there", **where),
+    ]
     for content in found:
         for one in (*content["streams"], *content["bases"]):
             one["seconds"] = None
     assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_split_that_was_written_can_be_used_again(tmp_path: Path) -> None:
+    settings = small_settings(pictures(tmp_path / "mine"))
+    data, split = fewshot_views.data_and_split(settings, 0, 1)
+    split.save(tmp_path / "split.json")
+    found = []
+    for given in (None, str(tmp_path / "split.json")):
+        made = fewshot.plan(replace(settings, split=given), ["baseline", "f2m"], seeds=1, draws=1)
+        _in_this_process(made, tmp_path / f"with {given is not None}")
+        found.append(fewshot.reproduce_f2m(made, tmp_path / f"with {given is not None}", run=False)["streams"])
+    assert [s["correct"] for s in found[0]] == [s["correct"] for s in found[1]]
+    with pytest.raises(SettingsError, match=r"--draws 2: the split .*split.json has 1"):
+        fewshot.plan(replace(settings, split=str(tmp_path / "split.json")), ["baseline"], seeds=1, draws=2)
+    assert data.train.names is not None
+
+
+def small_settings(data: Path) -> FewShotSettings:
+    return preset(
+        str(data), size=16, base=3, way=1, shot=2, iterations=3, model_options={"width": 4, "blocks": 1}, layers=2,
+        probe_rows=0, crop=14,
+    )  # fmt: skip
 
 
 # --- tables and page -------------------------------------------------------------------------------------------------
