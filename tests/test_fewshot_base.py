@@ -75,6 +75,39 @@ def test_plain_training_is_ordinary_sgd_on_class_balanced_batches() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("weight", "detach"), [(0.0, False), (3.0, False), (3.0, True)])
+def test_the_flat_objective_is_the_formula(weight: float, detach: bool) -> None:
+    """Mean over noise of cross entropy and squared shift of class means, by functional_call on the whole network."""
+    settings = tiny_settings(prototype_weight=weight, detach_clean=detach, bound=0.05, draws=3)
+    data, split = data_and_split(settings, 0, 1)
+    view = View(settings, data.train, split.train)
+    network = new_network(settings, data, split, view, 0).train()
+    trainer = Trainer(settings, "flat", network, view, data.train, split, 0)
+    x, y = next(trainer.batches("training"))
+    region = trainer._region
+    assert region is not None
+    state = region.state_dict()
+    noise = region.sample(3)
+    region.load_state_dict(state)
+    names = {id(p): name for name, p in network.named_parameters()}
+
+    def means(z: torch.Tensor) -> torch.Tensor:
+        return torch.stack([z[y == c].mean(0) for c in range(3)])
+
+    clean = means(network(x)[0])
+    expected = torch.zeros(())
+    for eps in noise:
+        moved = {names[id(p)]: p + e for p, e in zip(network.region, eps, strict=True)}
+        z, outputs = torch.func.functional_call(network, moved, (x,))
+        shift = (means(z) - (clean.detach() if detach else clean)).square().sum(1).mean()
+        expected = expected + (F.cross_entropy(outputs, y) + weight * shift) / 3
+    found = trainer._flat(region, x, y)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    parameters = list(network.parameters())
+    for ours, theirs in zip(*(torch.autograd.grad(v, parameters) for v in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()) + 1e-7)
+
+
 def test_batches_take_every_class_and_image_once_a_round() -> None:
     classes = [np.arange(10 * c, 10 * c + 6) for c in range(5)]
     batches = balanced_batches(classes, 2, 3, seed=0)

@@ -27,10 +27,11 @@ KINDS: Mapping[str, str] = MappingProxyType(
 
 
 class Base(NamedTuple):
-    """A base training: its kind, and settings of its own."""
+    """A base training: its kind, settings of its own, and what follows from the experiment's, in words."""
 
     kind: str
     changes: Mapping[str, Any] = {}
+    note: str = ""
 
 
 _WIDE = 4
@@ -38,11 +39,11 @@ _NO_SPLIT = {name: value for name, value in RELEASED.items() if name not in ("or
 BASES: Mapping[str, Base] = MappingProxyType(
     {
         "plain": Base("plain"),
-        "plain-long": Base("plain"),  # as many forward passes as F2M takes
+        "plain-long": Base("plain", note="as many passes as F2M takes"),
         "flat": Base("flat"),
         "flat-no-pf": Base("flat", {"prototype_weight": 0.0}),
         "flat-one-draw": Base("flat", {"draws": 1, "antithetic": False, "std_weight": 0.0}),
-        "flat-wide": Base("flat"),  # noise in a box _WIDE times as wide as the one sessions are clamped to
+        "flat-wide": Base("flat", note=f"noise in a box {_WIDE} times as wide as the clamp"),
         "flat-relative": Base("flat", {"relative": True, "bound": 0.1}),
         "flat-released": Base("flat", _NO_SPLIT),
         "sam": Base("sam"),

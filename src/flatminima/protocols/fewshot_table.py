@@ -151,7 +151,8 @@ def parts(method: Method) -> str:
     """What a method is made of, in words."""
     base = BASES[method.base]
     changes = [f"{key.replace('_', ' ')} {value}" for key, value in base.changes.items()]
-    return ", ".join([f"base: {base.kind}", f"sessions: {method.arm.replace('-', ' ')}", *changes])
+    notes = [base.note] if base.note else []
+    return ", ".join([f"base: {base.kind}", f"sessions: {method.arm.replace('-', ' ')}", *changes, *notes])
 
 
 def compare(results: Results, method: str, reference: str) -> dict[str, Any] | None:

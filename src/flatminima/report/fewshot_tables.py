@@ -45,7 +45,7 @@ def session_table(results: Results) -> Table:
     count, seeds = results["plan"]["sessions"], results["plan"]["seeds"]
     rows = []
     for row in results["methods"]:
-        cells = [Cell(row["label"], "here")]
+        cells = [Cell(row["label"], "here" if results["published"] else "")]
         cells += [percent(stat, seeds) for stat in row["sessions"]["accuracy"]]
         cells += [percent(row["numbers"]["drop"]), percent(row["numbers"]["average"])]
         rows.append(tuple(cells))
