@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from flatminima.data.splits import DataError
 from flatminima.protocols.fewshot_base import BaseCell, new_network, run_base
 from flatminima.protocols.fewshot_cell import SessionCell, cell_name, run_sessions
 from flatminima.protocols.fewshot_flatness import ProbeCell, probe_name, run_probe
@@ -93,13 +92,13 @@ def plan(
             raise SettingsError(f"--{name} must be at least 1, got {value}")
     made = Plan(settings, tuple(chosen_methods(methods)), seeds, draws)
     for base in made.bases:
-        own = base_settings(settings, base)  # refuses settings that its changes make impossible
-        if BASES[base].kind == "swad" and own.held_out == 0:
-            raise SettingsError("f2m-swad needs base images held out for its validation loss: give --held-out above 0")
+        base_settings(settings, base)  # refuses settings that its changes make impossible
     for seed in range(seeds if settings.split is None else 1):
         data, split = data_and_split(settings, seed, draws)
-        if BASES_NEED_HELD_OUT & set(made.bases) and len(split.held_out) == 0:
-            raise DataError("no base image is held out: f2m-swad needs some; raise --held-out or --base-images")
+        if "flat-swad" in made.bases and len(split.held_out) == 0:
+            raise SettingsError(
+                f"f2m-swad needs base images held out for its validation loss, and --held-out {settings.held_out:g} leaves none"
+            )
         if seed == 0:
             if settings.crop is not None and settings.crop > data.shape[1]:
                 raise SettingsError(f"crop {settings.crop} is larger than the stored {data.shape[1]} pixels")
@@ -108,9 +107,6 @@ def plan(
             with torch.no_grad():
                 network.eval()(view.clean(data.train, split.train[:1]))
     return made
-
-
-BASES_NEED_HELD_OUT = frozenset(name for name, base in BASES.items() if base.kind == "swad")
 
 
 def open_store(settings: FewShotSettings, directory: Path) -> ResultStore:

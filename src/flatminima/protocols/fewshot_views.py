@@ -34,7 +34,6 @@ def data_and_split(settings: FewShotSettings, seed: int, draws: int) -> tuple[Cl
         DataError, SettingsError: they cannot be used.
     """
     data = loaded(settings.data, settings.size)
-    limits = {"base_images": settings.base_images, "test_images": settings.test_images, "held_out": settings.held_out}
     if settings.split is not None:
         if settings.validate:
             raise SettingsError("--validate makes its own splits; leave out --split")
@@ -44,7 +43,8 @@ def data_and_split(settings: FewShotSettings, seed: int, draws: int) -> tuple[Cl
         return data, split
     split = make_split(
         data, base=settings.base, way=settings.way, shot=settings.shot, sessions=settings.sessions, order=settings.order,
-        draws=draws, seed=seed, **limits,  # type: ignore[arg-type]
+        draws=draws, seed=seed, base_images=settings.base_images, test_images=settings.test_images,
+        held_out=settings.held_out,
     )  # fmt: skip
     if not settings.validate:
         return data, split
