@@ -36,6 +36,18 @@ def quadratic(
     return Objective(model, loss, (torch.zeros(rows, 1), torch.zeros(rows)), check=check)
 
 
+def highest_in_ball(hessian: Tensor, gradient: Tensor, radius: float) -> float:
+    """max g'd + d'Hd/2 over |d| <= radius for H >= 0: on the sphere, (mu - H) d = g with mu found by bisection."""
+    values, vectors = torch.linalg.eigh(hessian)
+    g = vectors.T @ gradient
+    low, high = float(values[-1]), float(values[-1]) + float(g.norm()) / radius + 1e-9
+    for _ in range(200):
+        mu = (low + high) / 2
+        low, high = (mu, high) if float((g / (mu - values)).norm()) > radius else (low, mu)
+    d = g / (high - values)
+    return float(g @ d + (values * d**2).sum() / 2)
+
+
 def rotation(n: int, seed: int) -> Tensor:
     """A random orthogonal matrix, float64."""
     generator = torch.Generator().manual_seed(seed)

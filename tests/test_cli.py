@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import flatminima
 from conftest import TINY_ARGUMENTS, Comparison, Outcome
-from flatminima.measures import MEASURES
+from flatminima.measures import MEASURES, resolve
 
 Run = Callable[..., Outcome]
 
@@ -181,8 +181,8 @@ def test_measure_gives_the_users_numbers(run: Run, target: Path, weights: Path, 
     assert outcome.status == 0, outcome.err
     assert outcome.out.splitlines()[-1] == str(path)
     content = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert list(content["measures"]) == list(MEASURES)
-    for measure in MEASURES.values():
+    assert list(content["measures"]) == [m.name for m in resolve()]
+    for measure in resolve():
         assert measure.label.split()[0][:8] in outcome.out
 
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
@@ -231,7 +231,7 @@ def test_measure_gives_curvature_with_errors_on_a_page(run: Run, target: Path, w
     assert found == json.loads(path.read_text())
     assert found["command"] == " ".join(["flatminima", *map(str, arguments)])
     assert found["data"]["rows"] == 32
-    assert list(found["measures"]) == list(MEASURES)
+    assert list(found["measures"]) == [m.name for m in resolve()]
     assert [pair["rank"] for pair in found["eigenvalues"]] == [1, 2, 3]
     assert [row["name"] for row in found["layers"]] == ["0", "2"]
     assert found["density"]["runs"] == 3
@@ -275,7 +275,6 @@ def test_measure_takes_models_that_compute_their_own_loss(run: Run, target: Path
     assert content["model"]["name"] == "OwnLoss"
     assert content["data"]["rows"] == 35
     assert [row["name"] for row in content["layers"]] == ["body"]
-    refused(run("audit", f"{target}:own_loss"), "an audit needs a loss function and batches (x, y)")
     refused(run("measure", f"{target}:own_loss", "--matrix", "ggn", "--top", 1), "loss_fn")
 
 
@@ -331,26 +330,48 @@ def test_an_output_directory_is_checked_before_the_users_code_runs(run: Run, tar
     )
 
 
-def test_audit_judges_the_users_model(run: Run, target: Path, weights: Path, tmp_path: Path) -> None:
-    path = tmp_path / "audit.json"
-    outcome = run(
-        "audit", f"{target}:build", "--checkpoint", weights, "--members", 2, "--json", path,
-        "--measures", "lambda_max,w_hessian_w,parameter_norm",
-    )  # fmt: skip
+def test_symmetries_are_listed_layer_by_layer(run: Run, target: Path, weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "symmetries.json"
+    outcome = run("symmetries", f"{target}:build", "--checkpoint", weights, "--json", path)
     assert outcome.status == 0, outcome.err
     content = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert content["verdict"]["w_hessian_w"] == "survives"
-    assert content["verdict"]["lambda_max"].startswith("changes")
-    assert set(content["proofs"]) == {"relu-layer-rescaling", "relu-unit-rescaling"}
-    assert all(change < 1e-9 for change in content["proofs"].values())
-    assert outcome.out.count("survives") == 1
-    for kind in content["proofs"]:
-        assert f"{kind}: outputs change by at most" in outcome.out
+    kinds = {entry["kind"]: entry for entry in content["found"]}
+    assert kinds["relu-unit-rescaling"]["sites"] == ["0 -> 2"]
+    assert kinds["relu-unit-rescaling"]["proof"]["status"] == "proved"
+    assert kinds["relu-unit-rescaling"]["proof"]["max_change"] < 1e-9
+    assert kinds["temperature"]["preserves"] == "predictions"
+    assert "no law" in kinds["temperature"]["hessian_law"]
+    lines = outcome.out.splitlines()
+    assert lines.index("0") < lines.index("2")  # the layers, in their order
+    for entry in content["found"]:
+        assert any(line.startswith(f"  {entry['kind']} ") and entry["preserves"] in line for line in lines)
+    few = run("symmetries", f"{target}:build", "--kinds", "temperature", "--rows", 3)
+    assert "temperature" in few.out
+    assert "unit-permutation" not in few.out
+
+
+def test_symmetries_of_models_that_take_dictionaries(run: Run, target: Path) -> None:
+    outcome = run("symmetries", f"{target}:own_loss", "--mode", "train")
+    assert outcome.status == 0, outcome.err
+    assert "temperature: no layer scales all outputs alike" in " ".join(outcome.out.split())  # a loss is no logit
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--kinds", "permutation"), "unknown kind of symmetry 'permutation': expected one of"),
+        (("--mode", "test"), "--mode must be one of eval, train, got 'test'"),
+        (("--rows", "0"), "--rows must be at least 1, got 0"),
+    ],
+)
+def test_bad_requests_for_symmetries_are_refused(run: Run, target: Path, arguments: tuple[str, ...], text: str) -> None:
+    target.write_text("raise RuntimeError('reached')")  # before the user's own code runs
+    refused(run("symmetries", f"{target}:build", *arguments), text)
 
 
 def test_a_pickle_checkpoint_is_refused_with_the_reason(run: Run, target: Path, tmp_path: Path) -> None:
     torch.save(nn.Linear(3, 2), tmp_path / "w.pt")
-    for job in ("measure", "audit"):
+    for job in ("measure", "audit", "symmetries"):
         outcome = run(job, f"{target}:build", "--checkpoint", tmp_path / "w.pt")
         refused(outcome, str(tmp_path / "w.pt"), "reading a pickle can run any code", "safetensors.torch.save_model")
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "w.pt")
@@ -392,8 +413,8 @@ def test_other_bad_arguments_are_refused(run: Run, target: Path, tmp_path: Path,
     [
         (("measure", "--rho", "-1"), "rho must be positive and finite, got -1.0"),
         (("measure", "--max-probes", "1"), "max_probes must be at least 10, got 1"),
-        (("audit", "--members", "0"), "members must be at least 1, got 0"),
-        (("audit", "--max-scale", "1"), "max_scale must be finite and above 1, got 1.0"),
+        (("audit", "--members", "0"), "--members must be at least 1, got 0"),
+        (("audit", "--max-scale", "1"), "--max-scale must be finite and above 1, got 1.0"),
     ],
 )
 def test_bad_accuracies_are_refused_by_name(run: Run, target: Path, arguments: tuple[str, ...], text: str) -> None:
@@ -403,7 +424,7 @@ def test_bad_accuracies_are_refused_by_name(run: Run, target: Path, arguments: t
 
 def test_version_and_help(run: Run) -> None:
     assert run("--version") == Outcome(0, f"flatminima {flatminima.__version__}\n", "")
-    for job in ("compare", "measure", "audit"):
+    for job in ("compare", "measure", "audit", "symmetries"):
         outcome = run(job, "--help")
         assert outcome.status == 0
         assert "Usage:" in outcome.out

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from conftest import TINY, TINY_ARGUMENTS, Comparison, Outcome
 from flatminima import data, models
-from flatminima.measures import MEASURES
+from flatminima.measures import resolve
 from flatminima.study import compare as compare_module
 from flatminima.study.checkpoint import load_weights
 from flatminima.study.compare import RunJob, compare, execute
@@ -232,7 +232,7 @@ def test_the_statistics_are_those_of_the_runs(comparison: Comparison) -> None:
             assert entry[key] == {"least": min(spent), "mean": sum(spent) / 2, "most": max(spent)}
         assert entry["test_accuracy"] == interval([r["test_accuracy"] for r in mine])
         assert entry["generalisation_gap"] == interval([r["test_loss"] - r["train_loss"] for r in mine])
-        for name in MEASURES:
+        for name in (m.name for m in resolve()):
             values = [r["measures"][name]["value"] for r in mine]
             shown = {key: value for key, value in entry["measures"][name].items() if key != "error"}
             assert shown == interval(values)
@@ -316,16 +316,18 @@ def test_equal_differences_are_left_by_nothing() -> None:
 
 def test_the_audit_is_that_of_the_first_seeds(comparison: Comparison) -> None:
     audit = comparison.results["audit"]
-    assert audit["symmetries"] == ["relu-layer-rescaling", "relu-unit-rescaling"]
+    assert audit["symmetries"] == ["relu-layer-rescaling", "relu-unit-rescaling", "unit-permutation"]
     assert all(change < 1e-9 for change in audit["proofs"].values())
     for run in comparison.results["runs"]:
         assert (run["audit"] is not None) == (run["seed"] == 0)
-    for name, measure in MEASURES.items():
+    for name, measure in ((m.name, m) for m in resolve()):
         for kind in audit["symmetries"]:
-            cells = [r["audit"][name][kind]["max_ratio"] for r in comparison.results["runs"] if r["audit"]]
-            assert audit["max_ratio"][name][kind] == (None if None in cells else max(cells))
-            if kind in measure.invariant_under:
-                assert max(cells) < 1.01
+            cells = [r["audit"][name][kind] for r in comparison.results["runs"] if r["audit"]]
+            ratios = [cell["max_ratio"] for cell in cells]
+            assert audit["max_ratio"][name][kind] == (None if None in ratios else max(ratios))
+            if kind in measure.invariant_under:  # and what is estimated agrees to its own error
+                assert all(cell["max_ratio"] < 1.01 + cell["resolution"] for cell in cells)
+                assert not any(cell["significant"] for cell in cells)
     assert audit["verdict"]["lambda_max"] == "changes"
     assert audit["verdict"]["w_hessian_w"] == "survives"
 
@@ -390,7 +392,7 @@ def test_every_method_is_trained_measured_and_has_spent_the_budget(everything: C
     for run in results["runs"]:
         assert run["status"] == "finished", run["failure"]
         assert run["gradient_evaluations"] == 12
-        assert set(run["measures"]) == set(MEASURES)
+        assert set(run["measures"]) == {m.name for m in resolve()}
     assert results["command"].startswith(
         "flatminima compare --data digits --model convnet-bn --methods all,asam+ema,looksam+swad"
     )

@@ -56,21 +56,36 @@ class OwnLoss(nn.Module):
 def surroundings(document: Path) -> dict[str, Any]:
     """What the first block may use."""
     space: dict[str, Any] = {"__name__": "__main__"}
-    if name(document) != "README.md":
+    if name(document) not in ("README.md", "docs/audit.md", "docs/symmetries.md", "docs/weakness.md"):
         return space
     torch.manual_seed(0)
-    x, y = torch.randn(64, 4), torch.randint(0, 3, (64,))
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    y = torch.arange(60) % 10
+    x = 3 * torch.eye(10)[y] + 0.3 * torch.randn(60, 10)
+    y_unseen = torch.arange(8)
+    x_unseen = x[y_unseen]  # each is a training row of its own class, so that no other class is possible there
+    model, other = (nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 10)) for _ in range(2))
     return space | {
         "model": model,
+        "other": other,
         "loss_fn": F.cross_entropy,
         "loader": [(x[:40], y[:40]), (x[40:], y[40:])],
         "epochs": 3,
         "validation_loss": lambda network: F.cross_entropy(network(x), y).item(),
+        "x": x,
+        "y": y,
         "x_train": x,
         "y_train": y,
+        "x_unseen": x_unseen,
+        "y_unseen": y_unseen,
+        "v": torch.ones(sum(p.numel() for p in model.parameters())),
+        "before": [1.0, 2.0, 3.0, 4.0, 5.0],
+        "after": [2.0, 1.0, 3.0, 5.0, 4.0],
+        "outcome": [5.0, 4.0, 3.0, 2.0, 1.0],
         "hugging_face_model": OwnLoss(),
-        "batches_with_labels": [{"inputs": x[:40], "labels": y[:40]}, {"inputs": x[40:], "labels": y[40:]}],
+        "batches_with_labels": [
+            {"inputs": x[:40, :4], "labels": y[:40] % 3},
+            {"inputs": x[40:, :4], "labels": y[40:] % 3},
+        ],
     }
 
 

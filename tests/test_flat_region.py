@@ -304,7 +304,7 @@ def test_resuming_keeps_box_hits_and_noise() -> None:
         r.project_()
     assert torch.equal(other.params[0], parameter)
     with pytest.raises(ValueError, match=r"saved box is of parameters of shapes \[\(5,\)\]"):
-        FlatRegion([nn.Parameter(torch.zeros(4))], 0.1).load_state_dict(region.state_dict())
+        FlatRegion([nn.Parameter(torch.ones(4))], 0.1, relative=True).load_state_dict(region.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------------- probe

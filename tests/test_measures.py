@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flatminima import MEASURES, Measurement, MeasureOptions, Objective, find_symmetries, measure
-from flatminima.measures import Workbench
-from flatminima.measures.base import RELU_RESCALING
-from quadratic_fixture import Point, quadratic, with_spectrum
+from flatminima.measures import NotApplicableError, Workbench, resolve, unseen
+from flatminima.measures.base import MEASURES as REGISTRY
+from flatminima.measures.base import arrange, register
+from quadratic_fixture import Point, highest_in_ball, quadratic, with_spectrum
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SPECTRUM = torch.cat([torch.tensor([10.0, 4.0]), torch.linspace(2, 0, 18)]).double()
 HESSIAN = with_spectrum(SPECTRUM)
 N = len(SPECTRUM)
@@ -33,18 +35,6 @@ def randn(n: int, seed: int = 0) -> Tensor:
 
 def one(f: Objective, name: str, seed: int = 0, **options: float) -> Measurement:
     return measure(f, [name], options=replace(MeasureOptions(), **options), seed=seed)[name]
-
-
-def highest_in_ball(hessian: Tensor, gradient: Tensor, radius: float) -> float:
-    """max g'd + d'Hd/2 over |d| <= radius for H >= 0: on the sphere, (mu - H) d = g with mu found by bisection."""
-    values, vectors = torch.linalg.eigh(hessian)
-    g = vectors.T @ gradient
-    low, high = float(values[-1]), float(values[-1]) + float(g.norm()) / radius + 1e-9
-    for _ in range(200):
-        mu = (low + high) / 2
-        low, high = (mu, high) if float((g / (mu - values)).norm()) > radius else (low, mu)
-    d = g / (high - values)
-    return float(g @ d + (values * d**2).sum() / 2)
 
 
 # ----- closed forms ---------------------------------------------------------------------------------------------------
@@ -170,6 +160,7 @@ def relu_net(seed: int) -> tuple[nn.Sequential, Tensor, Tensor]:
     return model, torch.randn(30, 4, dtype=torch.float64), torch.randint(0, 3, (30,))
 
 
+RESCALINGS = ("relu-layer-rescaling", "relu-unit-rescaling")
 NAMES = ["adaptive_sharpness", "w_hessian_w", "lambda_max", "parameter_norm", "sam_sharpness"]
 
 
@@ -178,7 +169,7 @@ NAMES = ["adaptive_sharpness", "w_hessian_w", "lambda_max", "parameter_norm", "s
 def test_declared_invariances_hold_and_undeclared_ones_do_not(seed: int, max_scale: float) -> None:
     model, x, y = relu_net(seed % 5)
     base = measure(Objective(model, F.cross_entropy, (x, y)), NAMES)
-    for symmetry in find_symmetries(model, x).found:
+    for symmetry in find_symmetries(model, x, kinds=RESCALINGS).found:
         member = symmetry.member(torch.Generator().manual_seed(seed), max_scale)
         moved = measure(Objective(member.apply(model), F.cross_entropy, (x, y)), NAMES)
         for name in NAMES:
@@ -188,40 +179,125 @@ def test_declared_invariances_hold_and_undeclared_ones_do_not(seed: int, max_sca
         assert abs(moved["parameter_norm"].value / base["parameter_norm"].value - 1) > 1e-6
 
 
-def test_which_measures_claim_invariance() -> None:
-    claimed = {name for name, m in MEASURES.items() if m.invariant_under}
-    assert claimed == {"adaptive_sharpness", "w_hessian_w"}
-    assert all(MEASURES[name].invariant_under == RELU_RESCALING for name in claimed)
-
-
 # ----- the registry ---------------------------------------------------------------------------------------------------
 
 
-def test_the_registry_holds_seven_described_measures() -> None:
-    assert set(MEASURES) == {
-        "lambda_max",
-        "trace",
-        "sam_sharpness",
-        "average_sharpness",
-        "adaptive_sharpness",
-        "w_hessian_w",
-        "parameter_norm",
-    }
+DEFAULT = (
+    "sam_sharpness",
+    "average_sharpness",
+    "adaptive_sharpness",
+    "lambda_max",
+    "trace",
+    "w_hessian_w",
+    "parameter_norm",
+)
+
+
+def test_seven_measures_are_made_by_default_and_each_is_described() -> None:
+    assert tuple(m.name for m in resolve()) == DEFAULT
     for name, entry in MEASURES.items():
         assert entry.name == name
         assert entry.meaning.endswith(".")
         assert entry.label
-    assert {name for name, entry in MEASURES.items() if entry.flatter_when is None} == {"parameter_norm"}
+        assert entry.flatter_when in ("lower", "higher", None)
+        assert all(repair in MEASURES and repair != name for repair in entry.repair)
+    assert len({entry.label for entry in MEASURES.values()}) == len(MEASURES)
 
 
-def test_all_measures_at_once_in_registry_order_with_their_costs() -> None:
+def test_groups_and_names_together() -> None:
+    everything = [m.name for m in resolve(["all"])]
+    cheap = [m.name for m in resolve(["cheap"])]
+    assert everything == list(MEASURES)
+    assert set(cheap) < set(everything)
+    assert {"parameter_norm", "spectral_product", "path_norm", "minimum_margin", "live_units"} <= set(cheap)
+    assert [m.name for m in resolve(["trace", "cheap"])] == [n for n in MEASURES if n in {*cheap, "trace"}]
+    assert [m.name for m in resolve(["default", "trace"])] == list(DEFAULT)
+    assert resolve([]) == []
+
+
+def test_every_kind_is_declared_once_and_repairs_survive_more() -> None:
+    for entry in MEASURES.values():
+        sets = (entry.invariant_under, entry.changes_under, entry.almost_under)
+        assert sum(map(len, sets)) == len(frozenset().union(*sets))
+        assert {entry.invariance(kind) for kind in entry.invariant_under} <= {"invariant"}
+        assert {entry.invariance(kind) for kind in entry.changes_under} <= {"changes"}
+        for repair in entry.repair:
+            kept = MEASURES[repair].invariant_under
+            assert {"relu-layer-rescaling", "relu-unit-rescaling"} <= kept, (entry.name, repair)
+    assert MEASURES["trace"].invariance("no such kind") == "unknown"
+
+
+def test_a_measure_of_ones_own() -> None:
+    """Registered, ordered behind those of the library, and refused where it does not apply."""
+    try:
+
+        @register("own", "own", "Own.", applies=lambda f: "too small" if f.n < 30 else None)
+        def own(bench: Workbench) -> Measurement:
+            raise NotApplicableError("not this time")
+
+        assert list(REGISTRY)[-1] == "own"
+        assert REGISTRY["own"].default is False
+        found = measure(at(randn(N)), ["own"])["own"]
+        assert (found.applies, found.note, found.error, found.converged) == (False, "too small", None, False)
+        large = measure(at(randn(40), torch.eye(40).double()), ["own"])["own"]
+        assert (large.applies, large.note, large.cost) == (False, "not this time", 0.0)
+        arrange()
+    finally:
+        del REGISTRY["own"]
+
+
+def test_a_wrong_declaration_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown kind of symmetry 'relu-rescaling'"):
+        register("x", "x", "X.", invariant_under=frozenset({"relu-rescaling"}))
+    with pytest.raises(ValueError, match="temperature is declared twice"):
+        register("x", "x", "X.", invariant_under=frozenset({"temperature"}), changes_under=frozenset({"temperature"}))
+
+
+def test_the_defaults_at_once_in_registry_order_with_their_costs() -> None:
     f = at(randn(N))
     found = measure(f)
-    assert list(found) == list(MEASURES)
+    assert tuple(found) == DEFAULT
     assert all(math.isfinite(m.value) and m.error is not None and m.name == name for name, m in found.items())
     assert sum(m.cost for m in found.values()) == pytest.approx(f.evaluations.gradient_equivalents)
-    assert list(measure(f, reversed(list(MEASURES)))) == list(MEASURES)
+    assert tuple(measure(f, reversed(DEFAULT))) == DEFAULT
     assert measure(f, []) == {}
+
+
+def test_all_measures_give_a_number_or_a_reason() -> None:
+    model, x, y = relu_net(0)
+    quick = MeasureOptions(draws=2, directions=2, chains=2, burn_in=2, chain_draws=8, max_probes=10)
+    for f in (
+        Objective(model, F.cross_entropy, (x, y)),
+        Objective(model, F.mse_loss, (x, torch.zeros(30, 3).double())),
+    ):
+        found = measure(f, ["all"], options=quick, probes=torch.randn(20, x.shape[1]))
+        assert list(found) == list(MEASURES)
+        for m in found.values():
+            assert math.isfinite(m.value) if m.applies else (math.isnan(m.value) and m.note and not m.converged)
+        absent = {name for name, m in found.items() if not m.applies}
+        assert absent == (set() if f.loss_fn is F.cross_entropy else {*MARGINS, *unseen.NAMES})
+    without = measure(f, unseen.NAMES)
+    assert all("it needs probes" in m.note or "targets" in m.note for m in without.values())
+
+
+MARGINS = {"minimum_margin", "margin_quantile", "median_margin", "normalised_margin"}
+
+
+def test_a_loss_that_is_not_finite_stops_every_measure_by_name() -> None:
+    model, x, y = relu_net(0)
+    x[3] = math.nan
+    f = Objective(model, F.cross_entropy, (x, y), check=False)
+    for name in (
+        "sam_sharpness",
+        "trace",
+        "orbit_minimal_trace",
+        "compressed_size",
+        "pac_bayes_kl",
+        "basin_volume",
+        "fisher_rao",
+    ):
+        with pytest.raises(FloatingPointError, match=r"batch 0|NaN or infinite"):
+            measure(f, [name])
 
 
 def test_an_unknown_name_lists_the_valid_ones_nearest_first() -> None:
@@ -236,6 +312,7 @@ def test_an_unknown_name_lists_the_valid_ones_nearest_first() -> None:
     [
         *itertools.product(["rho", "adaptive_rho", "radius", "rtol"], [0.0, -1.0, math.nan, math.inf]),
         *[("max_products", 1), ("max_probes", 9), ("ascent_steps", 0), ("draws", 1)],
+        *[("ascent_starts", 3), ("micro_batch", 0), ("margin_quantile", 1.1), ("step_size", -1.0), ("chains", 1)],
     ],
 )
 def test_options_out_of_range_are_refused_by_name(option: str, value: float) -> None:

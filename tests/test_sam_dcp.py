@@ -143,7 +143,7 @@ def sharded(rank: int, folder: Path) -> Any:
         straight, opt = make(variant)
         train(straight, opt, 3, torch.float64)
         dcp.save({"opt": get_optimizer_state_dict(straight, opt)}, checkpoint_id=folder / variant)
-        full = get_optimizer_state_dict(straight, opt, options=StateDictOptions(full_state_dict=True))
+        full = copy.deepcopy(get_optimizer_state_dict(straight, opt, options=StateDictOptions(full_state_dict=True)))
         second, again = make(variant)
         third, other = make(variant)
         for model in (second, third):

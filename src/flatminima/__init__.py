@@ -1,7 +1,7 @@
 """Seek flat minima, measure flatness with error bars, and judge whether the number means anything."""
 
 from flatminima import curvature, operators, problems
-from flatminima.audit import AuditReport, audit
+from flatminima.audit import AuditReport, MinimaComparison, audit, compare_minima, random_orbit_test
 from flatminima.averaging import EMA, LAWA, SWA, SWAD, TailAverage, reestimate_batchnorm
 from flatminima.curvature import density, eigenpairs, spectrum, trace
 from flatminima.measures import MEASURES, Measurement, MeasureOptions, measure
@@ -24,11 +24,13 @@ __all__ = [
     "FlatRegion",
     "MeasureOptions",
     "Measurement",
+    "MinimaComparison",
     "Objective",
     "Perturbation",
     "TailAverage",
     "__version__",
     "audit",
+    "compare_minima",
     "curvature",
     "density",
     "eigenpairs",
@@ -37,6 +39,7 @@ __all__ = [
     "operators",
     "problems",
     "prove",
+    "random_orbit_test",
     "reestimate_batchnorm",
     "spectrum",
     "trace",

@@ -16,19 +16,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import flatminima
-from flatminima import cli_f2m, cli_measure, cli_swad
-from flatminima.audit import audit as run_audit
+from flatminima import cli_audit, cli_f2m, cli_measure, cli_swad, cli_symmetries
 from flatminima.data import DATASETS, DOMAIN_DATASETS, INCREMENTAL_DATASETS, DataError
-from flatminima.measures import MEASURES, MeasureOptions
-from flatminima.measures.base import resolve
+from flatminima.measures import GROUPS, MeasureOptions, resolve
 from flatminima.models import MODELS
+from flatminima.names import unknown
 from flatminima.objective import SECOND_ORDER, NonFiniteLossError, Objective, ObjectiveError
-from flatminima.protocols import reproduce_convex, reproduce_factorization
+from flatminima.protocols import reproduce_convex, reproduce_factorization, reproduce_reparameterization
+from flatminima.protocols.reparameterization import DATA as REPARAMETERIZATION_DATA
 from flatminima.report import render
 from flatminima.report.compare_markdown import compare_markdown
 from flatminima.report.convex_page import render_convex, zoo_table
 from flatminima.report.factorization_page import render_factorization
-from flatminima.report.terminal import audit_table, compare_table, measurement_tables, reproduction_tables
+from flatminima.report.measure_list import invariance_table, kinds_table
+from flatminima.report.reparameterization_page import render_reparameterization
+from flatminima.report.terminal import audit_tables, compare_table, measurement_tables, reproduction_tables
+from flatminima.study.audit_settings import AuditSettings
 from flatminima.study.checkpoint import CheckpointError, load_weights
 from flatminima.study.compare import compare as run_compare
 from flatminima.study.measure_settings import MATRICES
@@ -36,6 +39,7 @@ from flatminima.study.methods import AVERAGES, OPTIMIZERS
 from flatminima.study.settings import DEFAULT_EPOCHS, CompareSettings, SettingsError
 from flatminima.study.store import StoreError, write_json, write_text
 from flatminima.study.target import Target, TargetError, first_rows, load_target
+from flatminima.symmetries import KINDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 _reproduce = typer.Typer(no_args_is_help=True, help="Run a published experiment again and compare.")
@@ -176,7 +180,11 @@ _Reference = Annotated[
 _Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights: safetensors, or a state_dict from torch.save. Pickles are refused.")
 ]
-_Measures = Annotated[str | None, typer.Option(help=f"Comma-separated; default all: {', '.join(MEASURES)}.")]
+_MEASURES_HELP = f"Comma-separated names (flatminima measures lists them) or {', '.join(GROUPS)}"
+_Option = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="Of the measures, such as micro_batch=64; repeat."),
+]
 _Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers there.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 
@@ -185,9 +193,8 @@ _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 def measure(
     reference: _Reference,
     checkpoint: _Checkpoint = None,
-    measures: Annotated[
-        str | None, typer.Option(help=f"Comma-separated; none: none of them; default all: {', '.join(MEASURES)}.")
-    ] = None,
+    measures: Annotated[str | None, typer.Option(help=f"{_MEASURES_HELP}, or none; 'default' by default.")] = None,
+    option: _Option = None,
     rho: Annotated[float, typer.Option(help="Radius of SAM sharpness.")] = MeasureOptions.rho,
     adaptive_rho: Annotated[float, typer.Option(help="Radius of adaptive sharpness.")] = MeasureOptions.adaptive_rho,
     radius: Annotated[float, typer.Option(help="Length of random displacements.")] = MeasureOptions.radius,
@@ -224,9 +231,10 @@ def measure(
         rho=rho, adaptive_rho=adaptive_rho, radius=radius, max_probes=max_probes,
         rtol=MeasureOptions.rtol if rtol is None else rtol,
         max_products=MeasureOptions.max_products if max_products is None else max_products,
-    )  # fmt: skip
+    ).assigned(option or [])  # fmt: skip
+    names = [] if measures == "none" else _names(measures)
     settings = cli_measure.settings(
-        names=[] if measures == "none" else _names(measures), options=options, top=top, smallest=smallest, density=density,
+        names=names, options=options, top=top, smallest=smallest, density=density,
         trace=trace, layers=layers, matrix=matrix, rtol=rtol, trace_rtol=trace_rtol, runs=runs, steps=steps,
         max_products=max_products, seed=seed,
     )  # fmt: skip
@@ -236,51 +244,95 @@ def measure(
     target = _target(reference, checkpoint, device)
     data = target.data if rows is None else first_rows(target.data, rows)
     objective = Objective(target.model, target.loss_fn, data, second_order=second_order, max_memory=memory)
+    cli_measure.refuse_inapplicable(objective, names or [])
     command = shlex.join(["flatminima", *sys.argv[1:]])
-    found = cli_measure.run(objective, settings, command, _err)
+    found = cli_measure.run(objective, settings, command, _err, target.probes)
     _out.print(measurement_tables(found))
     cli_measure.save(found, out, json_path, _out)
 
 
+@app.command("measures")
+def list_measures(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The tables of docs/measures.md instead.")] = False,
+) -> None:
+    """List the measures: what they cost, and what reparameterisations they survive."""
+    if markdown:
+        _out.print(f"{kinds_table()}\n\n{invariance_table()}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        _out.print(cli_measure.listing())
+
+
 @app.command()
 def audit(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE.py:FUNCTION] [WEIGHTS] [WEIGHTS]",
+            help="FUNCTION returns (model, loss_fn, data). One checkpoint is audited, two are compared. Checkpoints of a "
+            "comparison (DIR/runs/*.safetensors) need no FUNCTION.",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="The same as WEIGHTS: safetensors, or a state_dict from torch.save. Pickles are refused; repeat."
+        ),
+    ] = None,
+    measures: Annotated[
+        str | None,
+        typer.Option(help=f"{_MEASURES_HELP}; by default 'default' and what would be used instead of them."),
+    ] = None,
+    kinds: Annotated[
+        str | None, typer.Option(help="Comma-separated kinds of symmetry; by default all that are found.")
+    ] = None,
+    members: Annotated[
+        int | None, typer.Option(help="Random reparameterisations per symmetry (default 5; 2 for each of two).")
+    ] = None,
+    checks: Annotated[
+        int | None,
+        typer.Option(help="How many of these check what is declared invariant (default 2; 1 for each of two)."),
+    ] = None,
+    max_scale: Annotated[float, typer.Option(help="Largest factor of a rescaling.")] = AuditSettings.max_scale,
+    mode: Annotated[str, typer.Option(help="eval, or train for batch statistics.")] = AuditSettings.mode,
+    option: _Option = None,
+    rows: Annotated[int | None, typer.Option(help="Use the first so many rows of the data.")] = None,
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    device: _Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Directory of audit.json and of the page, audit.html.")] = None,
+    json_path: _Json = None,
+) -> None:
+    """Judge which numbers survive a change of coordinates, and which of two minima is flatter, if either."""
+    reference, paths = cli_audit.named(arguments or [], checkpoint or [])
+    settings = AuditSettings(
+        measures=_listed(measures), kinds=_listed(kinds), members=members, checks=checks, max_scale=max_scale, mode=mode,
+        options=AuditSettings.options.assigned(option or []), seed=seed,
+    )  # fmt: skip
+    _check_json(json_path)
+    cli_measure.check_out(out)
+    found, target = cli_audit.minima(reference, paths, _device(device))
+    data = cli_audit.rows(target, rows)
+    results = cli_audit.run(found, target, data, settings, shlex.join(["flatminima", *sys.argv[1:]]), _err)
+    _out.print(audit_tables(results))
+    cli_audit.save(results, out, json_path, _out)
+
+
+@app.command()
+def symmetries(
     reference: _Reference,
     checkpoint: _Checkpoint = None,
-    measures: _Measures = None,
-    members: Annotated[int, typer.Option(help="Random reparameterisations per symmetry.")] = 5,
-    max_scale: Annotated[float, typer.Option(help="Largest factor of a rescaling.")] = 20.0,
-    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    kinds: Annotated[str | None, typer.Option(help=f"Comma-separated; default all: {', '.join(KINDS)}.")] = None,
+    mode: Annotated[str, typer.Option(help="eval, or train for batch statistics.")] = "eval",
+    rows: Annotated[int, typer.Option(help="Prove on the first so many rows of the first batch.")] = 64,
     device: _Device = "cpu",
     json_path: _Json = None,
 ) -> None:
-    """Judge which numbers survive reparameterisations that change no prediction."""
-    names = _names(measures)
+    """List the maps of the parameters that change no prediction, layer by layer, and what was looked for and rejected."""
+    cli_symmetries.check(kinds, mode, rows)
     _check_json(json_path)
     target = _target(reference, checkpoint, device)
-    if target.loss_fn is None or not all(isinstance(x, torch.Tensor) for x, _ in target.data):
-        raise TargetError(
-            f"{reference}: an audit needs a loss function and batches (x, y) whose x is one tensor; measure takes more"
-        )
-    report = run_audit(
-        target.model, target.loss_fn, target.data, measures=names, members=members, max_scale=max_scale, seed=seed
-    )
-    kinds = list(report.proofs)
-    ratios = report.max_ratio()
-    rows = [
-        {
-            "label": MEASURES[name].label,
-            "max_ratio": ratios[name],
-            "invariant_under": MEASURES[name].invariant_under,
-            "verdict": verdict.split(" up to ")[0],  # the factors stand beside it
-        }
-        for name, verdict in report.verdicts.items()
-    ]
-    _out.print(audit_table(rows, kinds))
-    for kind, change in report.proofs.items():
-        _out.print(f"{kind}: outputs change by at most {change:.1g}, relative, over {members} members", highlight=False)
-    for site, reason in report.rejected:
-        _out.print(f"not rescaled: {site}: {reason}", highlight=False, markup=False)
-    _save(json_path, report.to_dict())
+    found = cli_symmetries.search(target, kinds, mode, rows)
+    _out.print(cli_symmetries.listing(found, target.model))
+    _save(json_path, found.to_dict())
 
 
 @_reproduce.command("factorization")
@@ -309,6 +361,23 @@ def reproduce_convex_command(
     """Convex counterexamples: bad flat minima, how SA-GD and SAM find them, what stability guarantees, and every optimiser."""
     results = _reproduced(out, reproduce_convex, render_convex)
     _out.print(reproduction_tables(results, zoo_table(results["zoo"])))
+    _show_files(out)
+
+
+@_reproduce.command("reparameterization")
+def reproduce_reparameterization_command(
+    out: Annotated[Path, typer.Option(help="Directory of results.json and report.html.")] = Path(
+        "runs/reparameterization"
+    ),
+    data: Annotated[
+        str, typer.Option(help=f"{', '.join(REPARAMETERIZATION_DATA)}; auto: MNIST where it is found.")
+    ] = "auto",
+) -> None:
+    """Rescaled networks: which measures of flatness change while no prediction does, and whether weakness does."""
+    if data not in REPARAMETERIZATION_DATA:
+        raise SettingsError(unknown("data set", data, REPARAMETERIZATION_DATA))
+    results = _reproduced(out, lambda report: reproduce_reparameterization(data, report), render_reparameterization)
+    _out.print(reproduction_tables(results))
     _show_files(out)
 
 
@@ -482,9 +551,13 @@ def reproduce_f2m_command(
 
 
 def _names(measures: str | None) -> list[str] | None:
-    names = None if measures is None else [m.strip() for m in measures.split(",") if m.strip()]
+    names = _listed(measures)
     resolve(names)
-    return names
+    return None if names is None else list(names)
+
+
+def _listed(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _target(reference: str, checkpoint: Path | None, device: str) -> Target:

@@ -11,8 +11,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.status import Status
+from rich.table import Table
 
-from flatminima.measures import MEASURES, MeasureOptions
+from flatminima.measures import MEASURES, MeasureOptions, resolve
+from flatminima.measures.invariance import FUNCTION_PRESERVING
 from flatminima.objective import Objective
 from flatminima.report.measure_page import render_measure
 from flatminima.study.measure_settings import MeasureSettings
@@ -34,13 +36,41 @@ def settings(*, names: Sequence[str] | None, options: MeasureOptions, density: b
         if asked[name] is not None and not density:
             raise SettingsError(f"--{name} {asked[name]} is of the density; add --density")
     given = {name: value for name, value in asked.items() if value is not None}
-    chosen = tuple(MEASURES) if names is None else tuple(names)
+    chosen = tuple(m.name for m in resolve(names))
     found = MeasureSettings(measures=chosen, options=options, density=density, **given)
     if not chosen and not found.curvature:
         raise SettingsError("--measures none leaves nothing; add --top, --smallest, --density, --trace or --layers")
     if found.trace_rtol != MeasureSettings.trace_rtol and not (found.trace or found.layers):
         raise SettingsError(f"--trace-rtol {found.trace_rtol:g} is of the traces; add --trace or --layers")
     return found
+
+
+def refuse_inapplicable(objective: Objective, names: Sequence[str]) -> None:
+    """Refuse a measure that was asked for by its name and does not apply; in a group it is passed over, with a note.
+
+    Raises:
+        SettingsError: with the reason.
+    """
+    for name in names:
+        reason = MEASURES[name].applies(objective) if name in MEASURES else None
+        if reason is not None:
+            raise SettingsError(f"--measures {name} does not apply here: {reason}")
+
+
+def listing() -> Table:
+    """Every measure with its cost and the number of function-preserving kinds of map that it survives."""
+    table = Table(box=None, header_style="bold")
+    for heading in ("Measure", "What it is", "Cost", "Survives", "Changes", "Use instead"):
+        table.add_column(heading, no_wrap=heading == "Measure")
+    for m in MEASURES.values():
+        counts = [len(kinds & FUNCTION_PRESERVING) for kinds in (m.invariant_under | m.almost_under, m.changes_under)]
+        name = f"{m.name} *" if m.default else m.name
+        table.add_row(name, m.meaning, m.cost_class, *map(str, counts), ", ".join(m.repair))
+    kinds = len(FUNCTION_PRESERVING)
+    table.caption = (
+        f"* measured by default. Of {kinds} kinds of function-preserving maps; docs/measures.md has the table"
+    )
+    return table
 
 
 def size(text: str) -> int:
@@ -78,7 +108,9 @@ def check_out(directory: Path | None) -> None:
         raise StoreError(f"cannot use {directory} for results: {error.strerror or error}") from error
 
 
-def run(objective: Objective, asked: MeasureSettings, command: str, console: Console) -> dict[str, Any]:
+def run(
+    objective: Objective, asked: MeasureSettings, command: str, console: Console, probes: Any = None
+) -> dict[str, Any]:
     """:func:`measure_minimum`, with a line on the console for what is at work, and one for each part that is done."""
     status: Status | None = Status("", console=console) if console.is_terminal else None
 
@@ -91,7 +123,7 @@ def run(objective: Objective, asked: MeasureSettings, command: str, console: Con
             status.start()
 
     try:
-        found = measure_minimum(objective, asked, command=command, progress=report)
+        found = measure_minimum(objective, asked, probes=probes, command=command, progress=report)
     except KeyboardInterrupt:
         console.print("Stopped; nothing was written.", highlight=False)
         sys.exit(130)

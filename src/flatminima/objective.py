@@ -145,7 +145,7 @@ class Objective:
         _check_options(mode, micro_batch, max_memory, second_order, weight)
         if torch.is_inference_mode_enabled():
             raise ObjectiveError("nothing can be differentiated under torch.inference_mode(); leave it first")
-        self.model, wrapper = _unwrapped(model)
+        self.model, wrapper = unwrapped(model)
         self.loss_fn, self.mode, self.seed = loss_fn, mode, seed
         self.max_memory, self.second_order, self.check = max_memory, second_order, check
         self.process_group = process_group
@@ -350,10 +350,43 @@ class Objective:
             with torch.no_grad():
                 output = self._forward.logits(index, piece, self._values(theta))
             pairs.append((piece.inputs, sampler(output, generator)))
+        return self.with_data(pairs)
+
+    def with_data(self, data: Any) -> Objective:
+        """The same loss of the same model over other data, weighted by the same rule; floating inputs in the model's dtype.
+
+        Example:
+            >>> x, y = torch.eye(2), torch.zeros(2, 1)
+            >>> f = Objective(nn.Linear(2, 1), nn.functional.mse_loss, (x, y))
+            >>> first, second = f.with_data((x[:1], y[:1])), f.with_data((x[1:], y[1:]))
+            >>> abs(f.loss() - (first.loss() + second.loss()) / 2) < 1e-6
+            True
+        """
         twin = copy.copy(self)
+        twin._notes = list(self._notes)
         twin._use(self._names, self._parameters)
-        twin._pieces = Pieces(pairs, self._pieces.micro_batch, seed=self.seed)
+        twin._pieces = Pieces(data, self._pieces.micro_batch, seed=self.seed)
         twin._cast = None
+        total = sum(self._weigh(piece.inputs, piece.targets) for piece in twin._pieces)
+        counts = self._summed(torch.tensor([twin._pieces.rows, total], dtype=torch.float64, device=self.device))
+        twin.rows, twin._total = int(counts[0]), float(counts[1])
+        return twin
+
+    def with_loss(self, loss_fn: LossFn) -> Objective:
+        """Another loss of the same model over the same data, a mean over the same rows.
+
+        Example:
+            >>> f = Objective(nn.Linear(2, 1), nn.functional.mse_loss, (torch.eye(2), torch.zeros(2, 1)))
+            >>> f.with_loss(lambda output, target: 2 * f.loss_fn(output, target)).loss() == 2 * f.loss()
+            True
+        """
+        twin = copy.copy(self)
+        twin.loss_fn = loss_fn
+        twin._notes = list(self._notes)
+        twin._use(self._names, self._parameters)
+        twin._forward = Forward(
+            self.model, loss_fn, self._names, self.device, train=self._forward.train, seed=self.seed
+        )
         return twin
 
     def release(self) -> None:
@@ -748,14 +781,19 @@ def _select(model: nn.Module, keep: ParameterFilter | None) -> tuple[list[str], 
     return [name for name, _ in chosen], [p for _, p in chosen]
 
 
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module within DistributedDataParallel, DataParallel and torch.compile, and what was taken off, in words.
+
+    Raises:
+        ObjectiveError: not a module.
+    """
     if not isinstance(model, nn.Module):
         raise ObjectiveError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         inner: nn.Module = model.module
-        return _unwrapped(inner)[0], f"measured without its {type(model).__name__} wrapper"
+        return unwrapped(inner)[0], f"measured without its {type(model).__name__} wrapper"
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        return _unwrapped(model._orig_mod)[0], "measured without torch.compile, which has no second derivative"  # type: ignore[arg-type]
+        return unwrapped(model._orig_mod)[0], "measured without torch.compile, which has no second derivative"  # type: ignore[arg-type]
     return model, ""
 
 

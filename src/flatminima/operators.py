@@ -99,8 +99,11 @@ class Dense(Operator):
         return self.matrix @ block
 
 
-class _OfObjective(Operator):
-    """A matrix whose products an objective forms, at the model's own parameters or at ``theta``."""
+class OfObjective(Operator):
+    """A matrix whose products an objective forms, at the model's own parameters or at ``theta``.
+
+    A subclass implements ``_multiply``; what that costs the objective is counted here.
+    """
 
     def __init__(self, objective: Objective, theta: Tensor | None = None) -> None:
         self.objective, self.theta = objective, theta
@@ -131,7 +134,7 @@ class _OfObjective(Operator):
     def _multiply(self, block: Tensor) -> Tensor: ...
 
 
-class Hessian(_OfObjective):
+class Hessian(OfObjective):
     """The Hessian of an objective, at the model's own parameters or at ``theta``. Cost: 2 gradients a column (nominal).
 
     Example:
@@ -146,7 +149,7 @@ class Hessian(_OfObjective):
         return self.objective.hvp(block, self.theta)
 
 
-class GaussNewton(_OfObjective):
+class GaussNewton(OfObjective):
     r"""The generalised Gauss-Newton matrix :math:`\sum_i w_i J_i^\top H_{out,i} J_i`, positive semi-definite for a convex loss.
 
     It is the Hessian without the curvature of the network itself; both agree where the residuals vanish. Source: Schraudolph
@@ -162,7 +165,7 @@ class GaussNewton(_OfObjective):
         return self.objective.ggnvp(block, self.theta)
 
 
-class EmpiricalFisher(_OfObjective):
+class EmpiricalFisher(OfObjective):
     r"""The empirical Fisher matrix :math:`\frac1R \sum_r g_r g_r^\top`, :math:`g_r` the gradient of the loss of row *r*.
 
     It uses the observed targets, so it is not a curvature: at a point that fits them it vanishes (Kunstner et al., 2019).
@@ -184,7 +187,7 @@ class EmpiricalFisher(_OfObjective):
 Sampler = Callable[[Tensor, torch.Generator], Tensor]
 
 
-class Fisher(_OfObjective):
+class Fisher(OfObjective):
     r"""The Fisher matrix :math:`\frac1R \sum_r \mathbb{E}_{y \sim p(\cdot | x_r)}[g_r g_r^\top]` of the model's predictions.
 
     Where the loss is the negative log-likelihood of a natural exponential family in the output, it equals the Gauss-Newton

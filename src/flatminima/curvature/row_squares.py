@@ -62,9 +62,9 @@ def sums(objective: Objective, *, diagonal: bool = True) -> Sums:
     total: dict[str, Tensor] = {}
     backward = 0.0
     checked = False
-    for one in _passes(objective):
+    for one in each_pass(objective):
         if not checked and one.rows > 1:
-            _check_rows_apart(objective, one, layers)
+            check_rows_apart(objective, one, layers)
             checked = True
         chunk = _rows_at_once(objective, one, layers, diagonal)
         curvature: OutputCurvature | None = None
@@ -89,7 +89,7 @@ def sums(objective: Objective, *, diagonal: bool = True) -> Sums:
     return Sums(flat if diagonal else flat.new_zeros(0), traces, backward)
 
 
-def _rows_at_once(objective: Objective, one: _Pass, layers: Mapping[str, list[str]], diagonal: bool) -> int:
+def _rows_at_once(objective: Objective, one: Pass, layers: Mapping[str, list[str]], diagonal: bool) -> int:
     """How many rows of a pass fit a chunk, from what the layers hold for the first one."""
     with torch.no_grad(), _watching(objective, layers, 1, diagonal=diagonal) as calls:
         outputs = one.outputs(slice(0, 1))
@@ -101,7 +101,7 @@ def _rows_at_once(objective: Objective, one: _Pass, layers: Mapping[str, list[st
 
 def _chunk_sums(
     objective: Objective,
-    one: _Pass,
+    one: Pass,
     cut: slice,
     layers: Mapping[str, list[str]],
     curvature: OutputCurvature | None,
@@ -190,8 +190,12 @@ def _recorder(found: dict[str, list[Tensor]]) -> Callable[[str, Tensor, Tensor],
     return see
 
 
-def _check_rows_apart(objective: Objective, one: _Pass, layers: Mapping[str, list[str]]) -> None:
-    """Two rows together and each alone must give every layer the same, the first one first."""
+def check_rows_apart(objective: Objective, one: Pass, layers: Mapping[str, list[str]]) -> None:
+    """Two rows together and each alone must give every layer the same, the first one first.
+
+    Raises:
+        RowLayoutError: they do not; the layer is named.
+    """
     seen: list[dict[str, list[Tensor]]] = []
     with torch.no_grad():
         for cut in (slice(0, 2), slice(0, 1), slice(1, 2)):
@@ -214,7 +218,7 @@ def _check_rows_apart(objective: Objective, one: _Pass, layers: Mapping[str, lis
 
 
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
     """Rows whose mean loss is one evaluation of ``loss``.
 
     Attributes:
@@ -230,7 +234,8 @@ class _Pass:
     loss: Callable[[Tensor], Tensor]
 
 
-def _passes(objective: Objective) -> Iterator[_Pass]:
+def each_pass(objective: Objective) -> Iterator[Pass]:
+    """The passes over the data, one for each piece; nothing is evaluated before it is asked for."""
     forward = objective._forward
     leaves = objective._leaves(None)
 
@@ -259,4 +264,4 @@ def _passes(objective: Objective) -> Iterator[_Pass]:
         return loss
 
     for index, piece, share in objective._shares():
-        yield _Pass(piece.rows, share, outputs_of(index, piece), loss_of(index, piece))
+        yield Pass(piece.rows, share, outputs_of(index, piece), loss_of(index, piece))

@@ -100,7 +100,8 @@ class Reuse(Perturbed):
     A SAM step keeps the unit vector :math:`u` along the part of :math:`g_\epsilon` orthogonal to :math:`g`; the steps between
     go along :math:`g + \alpha \lVert g \rVert u`. Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization"
     (2022).
-    Where no part of it is larger than rounding (:math:`8\,\mathrm{eps}\,\lVert g_\epsilon\rVert`) there is no direction.
+    There is no direction where that part is no larger than rounding, :math:`100\,\mathrm{eps}\,\lVert g_\epsilon\rVert`, or
+    8 eps in half precision.
     Memory: one more copy of the parameters, kept between steps and saved, another while it is renewed, and one of the gradient.
     """
 
@@ -119,8 +120,7 @@ class Reuse(Perturbed):
         along = at.dot(clean, there) / square if square > 0 else 0.0
         across = list(torch._foreach_sub(there, list(clean), alpha=along))
         size = at.norm(across)
-        rounding = 8 * max((torch.finfo(kind).eps for kind in {g.dtype for g in there}), default=0.0)
-        if size <= rounding * at.length:
+        if size <= max(map(_rounding, {g.dtype for g in there}), default=0.0) * at.length:
             at.memory.pop("across", None)  # a unit vector of noise would be as long as a real one
         elif math.isfinite(size):
             torch._foreach_div_(across, size)
@@ -132,3 +132,8 @@ class Reuse(Perturbed):
         known = [(g, across[p]) for p, g in zip(at.parameters, at.gradients, strict=True) if p in across]
         if known and math.isfinite(at.length):
             torch._foreach_add_([g for g, _ in known], [u for _, u in known], alpha=self.alpha * at.length)
+
+
+def _rounding(kind: torch.dtype) -> float:
+    """What rounding leaves of a difference of parallel vectors, relative to them: of the entries, and of the long sums."""
+    return torch.finfo(kind).eps * (8 if kind.itemsize < 4 else 100)  # those of half precision are summed in double

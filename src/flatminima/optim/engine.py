@@ -207,13 +207,16 @@ class Engine:
             scaler.forget()
 
     @torch.no_grad()
-    def update(self, perturbed: bool, clean: dict[Tensor, Tensor], scaler: Scaling | None) -> None:
+    def update(
+        self, perturbed: bool, clean: dict[Tensor, Tensor], scaler: Scaling | None, failed: str | None = None
+    ) -> None:
         """The base's step along the combination of gradients; nothing when one of them is not finite.
 
         Args:
             perturbed: the gradients in ``.grad`` were found at displaced weights.
             clean: those at the weights, where the combination needs them, as the loss of their pass was scaled.
             scaler: of the losses.
+            failed: why a first pass of this rank's alone made these gradients NaN.
         """
         combine = self.recipe.combine
         changes = combine.needs_clean or type(combine) is not Perturbed
@@ -222,7 +225,7 @@ class Engine:
         held = self.weights.hold(found, keep=changes)
         at = self.point(found, held, unit_of(scaler)) if changes else None
         if not (finite(held.gradients, found, held.kind) if at is None else math.isfinite(at.length)):
-            self.skip("last", self.weights.why(math.nan), scaler)
+            self.skip("first" if failed else "last", failed or self.weights.why(math.nan), scaler)
             return
         if at is not None:
             if perturbed:

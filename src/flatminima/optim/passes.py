@@ -84,8 +84,12 @@ class Passes:
         self._second = Second(_random(parameters) if check or self.remembers else None, self._statistics(), check)
         self.replay()
 
-    def end_second(self, parameters: Sequence[Tensor]) -> bool:
+    def end_second(self, parameters: Sequence[Tensor], give_up: bool = False) -> bool:
         """Statistics, and random numbers that were replayed, go on from where they were at :meth:`begin_second`.
+
+        Args:
+            parameters: as there.
+            give_up: the pass was not made to its end, and there is nothing to compare.
 
         Returns:
             False where that was checked and the pass drew other numbers than the first.
@@ -95,7 +99,7 @@ class Passes:
         self._second = None
         _set_statistics(statistics)
         # Passes that begin in one state have drawn the same if they end in one.
-        alike = random is None or not check or _same(random, _random(parameters))
+        alike = random is None or not check or give_up or _same(random, _random(parameters))
         if random is not None and self.remembers:
             _set_random(random)
         return alike

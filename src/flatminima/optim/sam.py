@@ -272,20 +272,22 @@ class SAM(Wrapper):
         self._come_back(give_up=True)
 
     def _come_back(self, give_up: bool = False) -> None:
+        alike = True
         if self._passes.in_second:
             if any(marked(p) != _DISPLACED for p in self._sentinels()):
                 raise RuntimeError(
                     "the weights cannot be restored inside swapped(), where the model holds an average: leave that block first"
                 )
             mark(self._sentinels(), None)
-            if not self._passes.end_second(self._engine.weights.all()) and not give_up:
-                self._warned = True
-                warn(
-                    "the second pass drew other random numbers than the first, such as other dropout masks: call zero_grad() "
-                    "of this optimiser right before the first pass and after its batch was drawn, or give replay_rng=False"
-                )
+            alike = self._passes.end_second(self._engine.weights.all(), give_up)
         self._engine.restore()
         self._open = None
+        if not alike:
+            self._warned = True
+            warn(
+                "the second pass drew other random numbers than the first, such as other dropout masks: call zero_grad() of "
+                "this optimiser right before the first pass and after its batch was drawn, or give replay_rng=False"
+            )
 
     def _second_begins(self, check: bool) -> None:
         """The weights are elsewhere, and a pass of the caller's follows."""

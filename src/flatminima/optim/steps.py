@@ -53,10 +53,7 @@ def per_batch(engine: Engine, passes: Passes, work: Work) -> Tensor:
         passes.replay()
         with displaced, passes.statistics_kept():
             accumulation.evaluate(closure, weight, work.scaler, last=i == len(work.closures) - 1)
-    if reason:
-        engine.skip("first", reason, work.scaler)
-    else:
-        engine.update(True, {}, work.scaler)
+    engine.update(True, {}, work.scaler, failed=reason)
     return weighted(losses, work.weights) if len(losses) > 1 else losses[0]
 
 

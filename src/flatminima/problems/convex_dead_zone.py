@@ -85,8 +85,8 @@ class DeadZoneRegression(ConvexProblem):
     def _point(self, w: Tensor | None) -> Tensor:
         if self.start.dim() > 1:
             raise ValueError(
-                "several samples at once have no single risk and are no single data set: leave samples= out, or use "
-                "value_and_gradient and population_risks"
+                "several samples at once have no single risk and are no single data set: build the problem without samples=, "
+                "or use value_and_gradient and population_risks"
             )
         return super()._point(w)
 

@@ -3,5 +3,6 @@
 from flatminima.protocols.convex import reproduce_convex
 from flatminima.protocols.domains import reproduce_swad
 from flatminima.protocols.factorization import reproduce_factorization
+from flatminima.protocols.reparameterization import reproduce_reparameterization
 
-__all__ = ["reproduce_convex", "reproduce_factorization", "reproduce_swad"]
+__all__ = ["reproduce_convex", "reproduce_factorization", "reproduce_reparameterization", "reproduce_swad"]

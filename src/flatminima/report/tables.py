@@ -254,10 +254,15 @@ def _measurement_cells(measurement: Mapping[str, Any]) -> list[Cell]:
     value, error = as_float(measurement.get("value")), as_float(measurement.get("error"))
     shown = (value,) if value is not None and not error else (value, error)
     converged, cost = measurement.get("converged"), as_finite(measurement.get("cost"))
+    kind = str(measurement.get("error_kind") or MISSING)
+    if kind == "not applicable":
+        reached = Cell(MISSING)
+    else:
+        reached = Cell("no" if converged is False else "yes", tone="bad" if converged is False else "")
     return [
         Cell(with_error(value, error), values=shown if value is not None else ()),
-        Cell(str(measurement.get("error_kind") or MISSING)),
-        Cell("no" if converged is False else "yes", tone="bad" if converged is False else ""),
+        Cell(kind),
+        reached,
         _number_cell(cost, None if cost is None else f"{cost:g}"),
         Cell(str(measurement.get("note") or "")),
     ]
@@ -293,38 +298,25 @@ def measurement_rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def audit_rows_table(rows: Sequence[Mapping[str, Any]], symmetries: Sequence[str]) -> Table:
-    """An audit: each row a mapping with label (or measure), max_ratio per symmetry, invariant_under and verdict."""
-    table = []
-    for row in rows:
-        ratios, proven = row.get("max_ratio") or {}, row.get("invariant_under") or ()
-        cells = [Cell(str(row.get("label") or row.get("measure")))]
-        for kind in symmetries:
+def audit_table(results: Results) -> Table:
+    """The audit of a comparison: one row per audited measure, one column per symmetry, and the verdict."""
+    audit, entries = results.get("audit") or {}, results.get("measures") or {}
+    kinds = [str(kind) for kind in audit.get("symmetries") or []]
+    rows = []
+    for name in audit.get("measures") or []:
+        ratios = (audit.get("max_ratio") or {}).get(name) or {}
+        proven = entries.get(name, {}).get("invariant_under") or ()
+        cells = [Cell(labels.measure(results, name))]
+        for kind in kinds:
             note = "invariant by theorem" if kind in proven else ""
             ratio = change_factor(ratios, kind)
             cells.append(Cell(factor(ratio), note, () if ratio is None or math.isinf(ratio) else (ratio,)))
-        verdict = str(row.get("verdict") or MISSING)
+        verdict = str((audit.get("verdict") or {}).get(name) or MISSING)
         cells.append(Cell(verdict, tone={"survives": "good", "changes": "bad"}.get(verdict, "")))
-        table.append(tuple(cells))
-    heads = tuple(Column(labels.symmetry(kind), "largest change factor") for kind in symmetries)
+        rows.append(tuple(cells))
+    heads = tuple(Column(labels.symmetry(kind), "largest change factor") for kind in kinds)
     columns = (Column("Measure", numeric=False), *heads, Column("Verdict", numeric=False))
-    return Table("audit", "Audit", columns, tuple(table))
-
-
-def audit_table(results: Results) -> Table:
-    """The audit of a comparison: one row per audited measure, one column per symmetry, and the verdict."""
-    audit = results.get("audit") or {}
-    entries = results.get("measures") or {}
-    rows = [
-        {
-            "label": labels.measure(results, name),
-            "max_ratio": (audit.get("max_ratio") or {}).get(name),
-            "invariant_under": entries.get(name, {}).get("invariant_under"),
-            "verdict": (audit.get("verdict") or {}).get(name),
-        }
-        for name in audit.get("measures") or []
-    ]
-    return audit_rows_table(rows, [str(kind) for kind in audit.get("symmetries") or []])
+    return Table("audit", "Audit", columns, tuple(rows))
 
 
 def glossary_table(results: Results) -> Table:

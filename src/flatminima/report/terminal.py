@@ -10,10 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from flatminima.report import audit_tables as audited
 from flatminima.report import labels, measure_tables, reproduction, tables
 from flatminima.report.methods_table import FLATNESS_LEGEND, LEGEND, MANY, flatness_table, methods_table, without
 from flatminima.report.tables import Cell, Table
 
+_COLUMNS = 6  # kinds of symmetry that fit beside the measures
 _STYLES = {"good": "green", "bad": "red", "": ""}
 
 
@@ -102,9 +104,22 @@ def measurement_tables(results: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def audit_table(rows: Sequence[Mapping[str, Any]], symmetries: Sequence[str]) -> RichTable:
-    """An audit of one model: mappings with label (or measure), max_ratio per symmetry, invariant_under and verdict."""
-    return rendered(tables.audit_rows_table(rows, symmetries))
+def audit_tables(results: Mapping[str, Any]) -> RenderableType:
+    """What ``flatminima audit`` found: the conclusions and the tables; of two minima the differences come first."""
+    parts: list[RenderableType] = [Text(str(results["answer"]), style="bold")]
+    parts += [Text(f"• {sentence}") for key in ("details", "cautions") for sentence in results[key]]
+    parts += [Text(f"note: {note}", style="dim") for note in results["notes"]]
+    parts.append(Text(""))
+    audit = results["audits"][0]
+    if results["comparison"] is not None:
+        parts.append(rendered(audited.differences_table(results["comparison"], short=True)))
+    else:
+        parts.append(rendered(audited.verdict_table(audit, short=True)))
+    kinds = range(0, len(audit["symmetries"]), _COLUMNS)
+    matrices = [audited.matrix_table(audit, short=True, columns=slice(k, k + _COLUMNS)) for k in kinds]
+    parts += [rendered(table) for table in (*matrices, audited.symmetries_table(audit, short=True)) if table]
+    parts += [Text(f"refused at {site}: {reason}", style="dim") for site, reason in audited.refused(audit)]
+    return Group(*parts)
 
 
 def reproduction_tables(results: Mapping[str, Any], *more: Table) -> RenderableType:

@@ -25,7 +25,9 @@ from flatminima.study.runner import run_jobs
 from flatminima.study.settings import CompareSettings
 from flatminima.study.store import RunStore, write_json
 from flatminima.study.summary import summarise
+from flatminima.study.target import Target
 from flatminima.study.training import evaluate, train
+from flatminima.symmetries import KINDS
 
 LANDSCAPE_RADIUS = 0.25
 LANDSCAPE_POINTS = 21
@@ -35,7 +37,10 @@ _DENSITY_RUNS, _DENSITY_STEPS = (
 )  # enough for the shape of the bulk and its negative part; the band says how sure it is
 _MICRO_BATCH = 256  # activations that stay in the cache: several times faster than larger pieces on a CPU
 # A change of coordinates is seen at a coarser accuracy than a difference between methods; the errors enter the verdict.
-_AUDIT_ACCURACY: dict[str, Any] = {"rtol": 0.05, "max_probes": 20}
+_AUDIT_ACCURACY: dict[str, Any] = {"rtol": 0.05, "max_probes": 20, "max_products": 30, "ascent_starts": 1}
+# Only exact changes of coordinates; kinds may be many, so that the members of all together are bounded.
+_AUDIT_KINDS = tuple(name for name, kind in KINDS.items() if kind.exact and kind.preserves == "outputs")
+_AUDIT_BUDGET = 2  # times audit_members
 _TRAINING_SHARE = 0.6  # of a run's progress; the rest is measuring
 
 
@@ -95,6 +100,25 @@ def compare(
     return results
 
 
+def target_of_run(path: Path, device: torch.device) -> Target | None:
+    """Network, loss and measured rows of a run whose weights lie in a comparison's directory; ``None`` elsewhere.
+
+    Raises:
+        DataError: its data cannot be read.
+    """
+    settings = RunStore.settings_of(path)
+    if settings is None:
+        return None
+    try:
+        known = CompareSettings.from_dict(settings)
+    except (KeyError, TypeError, ValueError):
+        return None
+    splits = _splits(known)
+    model = models.build(known.model, splits.input_shape, splits.classes, seed=0).to(device).eval()
+    rows = slice(0, known.measure_rows)
+    return Target(model, F.cross_entropy, [(splits.train.x[rows], splits.train.y[rows])])
+
+
 def execute(job: RunJob, progress: Callable[[float], None] = lambda fraction: None) -> None:
     """Do one run, from the last whole file it left; trains, measures, stores."""
     store = RunStore(job.directory, job.settings.to_dict())
@@ -152,11 +176,13 @@ def _measured(job: RunJob, model: nn.Module, splits: Splits) -> dict[str, Any]:
     if job.seed == 0 and settings.audit_members:
         rows = slice(0, settings.audit_rows)
         report = audit(
-            model, F.cross_entropy, (x[rows].to(device), y[rows].to(device)),
-            members=settings.audit_members, options=replace(options, **_AUDIT_ACCURACY), seed=settings.data_seed,
-        ).to_dict()  # fmt: skip
-        found["audit"], found["proofs"], found["rejected"] = report["changes"], report["proofs"], report["rejected"]
-        found["audit_verdict"] = report["verdict"]
+            model, F.cross_entropy, (x[rows].to(device), y[rows].to(device)), measures=["default"], kinds=_AUDIT_KINDS,
+            members=settings.audit_members, checks=1, budget=_AUDIT_BUDGET * settings.audit_members, laws=False,
+            options=replace(options, **_AUDIT_ACCURACY), seed=settings.data_seed,
+        )  # fmt: skip
+        fields = report.to_dict()
+        found["audit"], found["proofs"], found["rejected"] = fields["changes"], report.proofs, fields["rejected"]
+        found["audit_verdict"] = report.verdicts
     return found
 
 

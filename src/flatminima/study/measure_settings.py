@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flatminima.measures import MEASURES, MeasureOptions
+from flatminima.measures import MeasureOptions, resolve
 from flatminima.names import unknown
 from flatminima.objective import Objective
 from flatminima.operators import EmpiricalFisher, Fisher, GaussNewton, Hessian, Operator
@@ -42,7 +42,7 @@ class MeasureSettings:
         rtol: relative residual asked of eigenvalues; 1e-3 by default. The measures take it too, where it is given.
         trace_rtol: relative standard error asked of traces.
         runs, steps: of the density.
-        measures: names of the measures; all by default.
+        measures: names of the measures; the default ones by default.
         options: radii and accuracies of the measures.
         max_products: of the ``smallest`` eigenvalues, at most; by default what :func:`~flatminima.curvature.eigenpairs` takes.
         seed: of every random draw.
@@ -58,7 +58,7 @@ class MeasureSettings:
     trace_rtol: float = 0.01
     runs: int = 10
     steps: int = 30
-    measures: tuple[str, ...] = tuple(MEASURES)
+    measures: tuple[str, ...] = tuple(m.name for m in resolve())
     options: MeasureOptions = field(default_factory=MeasureOptions)
     max_products: int | None = None
     seed: int = 0

@@ -37,6 +37,7 @@ def measure_minimum(
     objective: Objective,
     settings: MeasureSettings | None = None,
     *,
+    probes: Any = None,
     command: str = "",
     progress: Callable[[Stage], None] | None = None,
 ) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def measure_minimum(
     Args:
         objective: the loss as a function of the parameters.
         settings: what to measure, and how exactly.
+        probes: unlabelled inputs, for measures that look at some.
         command: to be recorded.
         progress: called at the beginning, after every product and at the end of each part.
 
@@ -76,7 +78,7 @@ def measure_minimum(
                 f"--{name} {count}: the {MATRIX_LABELS[settings.matrix]} has only {objective.n} eigenvalues, one for each of "
                 f"the {objective.n} parameters"
             )
-    bench = Workbench(objective, settings.options, settings.seed)
+    bench = Workbench(objective, settings.options, settings.seed, probes)
     notes = list(objective.notes)
     if bench.objective.dtype != objective.dtype:
         notes.append(f"computed in {bench.objective.dtype}; the model's parameters are {objective.dtype}")

@@ -138,6 +138,11 @@ class RunStore(ResultStore):
         """Full record; its presence means that nothing of this run remains to be done."""
         write_json(self.runs / f"{run}.json", record)
 
+    @classmethod
+    def settings_of(cls, weights: Path) -> dict[str, Any] | None:
+        """The settings of the comparison that this file of weights is a run of, or ``None``."""
+        return cls._read(weights.resolve().parent.parent / _MARKER) if weights.resolve().parent.name == "runs" else None
+
 
 def _is_partial_marker(path: Path) -> bool:
     """What :func:`write_bytes` leaves when it is killed."""

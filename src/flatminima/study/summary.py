@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import flatminima
-from flatminima.audit import RESOLVED
 from flatminima.data import Splits
-from flatminima.measures import MEASURES
+from flatminima.measures import MEASURES, resolve
 from flatminima.study.methods import label, parse
 from flatminima.study.settings import CompareSettings
 from flatminima.study.statistics import LEVEL, holm, interval, paired, paired_p
 from flatminima.study.steps import ASAM_RATIO
 
 SCHEMA = 1
+_MEASURED = tuple(m.name for m in resolve())  # what a comparison measures
 _SCORES = ("test_accuracy", "test_loss", "train_loss", "generalisation_gap")
 _SPENT = ("steps", "gradient_evaluations")
 _FEW = 6  # methods: of more, only what is told apart gets a sentence
@@ -57,7 +57,7 @@ def summarise(settings: CompareSettings, splits: Splits, parameters: int, record
                 "invariant_under": sorted(m.invariant_under),
                 "meaning": m.meaning,
             }
-            for m in MEASURES.values()
+            for m in resolve()
         },
         "methods": methods,
         "runs": runs,
@@ -88,7 +88,7 @@ def _method(name: str, first: str, runs: Sequence[Record]) -> Record:
     for score in _SCORES:
         entry[score] = interval(list(_values(mine, score).values()))
     entry["measures"] = {}
-    for measure in MEASURES:
+    for measure in _MEASURED:
         errors = [
             r["measures"][measure]["error"] for r in mine if r["measures"].get(measure, {}).get("error") is not None
         ]
@@ -98,7 +98,7 @@ def _method(name: str, first: str, runs: Sequence[Record]) -> Record:
     if name != first:
         reference = _finished(runs, first)
         versus: Record = {s: paired(_values(mine, s), _values(reference, s)) for s in _SCORES}
-        versus["measures"] = {m: paired(_values(mine, m), _values(reference, m)) for m in MEASURES}
+        versus["measures"] = {m: paired(_values(mine, m), _values(reference, m)) for m in _MEASURED}
         entry["versus_first"] = versus
     return entry
 
@@ -126,7 +126,7 @@ def _values(runs: Sequence[Record], name: str) -> dict[int, float]:
     for r in runs:
         if name == "generalisation_gap":
             value = r["test_loss"] - r["train_loss"]
-        elif name in MEASURES:
+        elif name in _MEASURED:
             value = r["measures"].get(name, {}).get("value")
         else:
             value = r[name]
@@ -138,9 +138,9 @@ def _values(runs: Sequence[Record], name: str) -> dict[int, float]:
 def _audit(settings: CompareSettings, train_rows: int, runs: Sequence[Record]) -> Record:
     audited = [r for r in runs if r["audit"]]
     symmetries = sorted({kind for r in audited for kind in r["proofs"]})
-    ratios: dict[str, dict[str, float | None]] = {m: {} for m in MEASURES}
-    verdict = dict.fromkeys(MEASURES, "not tested")
-    for name in MEASURES:
+    ratios: dict[str, dict[str, float | None]] = {m: {} for m in _MEASURED}
+    verdict = dict.fromkeys(_MEASURED, "not tested")
+    for name in _MEASURED:
         for kind in symmetries:
             cells = [r["audit"][name][kind] for r in audited if kind in r["audit"].get(name, {})]
             if cells:
@@ -150,7 +150,7 @@ def _audit(settings: CompareSettings, train_rows: int, runs: Sequence[Record]) -
     rejected = sorted({tuple(pair) for r in audited for pair in r["rejected"]})
     return {
         "symmetries": symmetries,
-        "measures": list(MEASURES),
+        "measures": list(_MEASURED),
         "max_ratio": ratios,
         "verdict": verdict,
         "proofs": {kind: max(r["proofs"].get(kind, 0.0) for r in audited) for kind in symmetries},
@@ -161,9 +161,7 @@ def _audit(settings: CompareSettings, train_rows: int, runs: Sequence[Record]) -
 
 
 def _verdict(cell: Record) -> str:
-    if cell["significant"]:
-        return "changes"
-    return "survives" if cell["max_ratio"] is not None and cell["max_ratio"] < RESOLVED else "undecided"
+    return "changes" if cell["significant"] else "undecided" if cell["status"] == "undecided" else "survives"
 
 
 def _answer(settings: CompareSettings, methods: Sequence[Record], audit: Record) -> str:
@@ -176,7 +174,7 @@ def _answer(settings: CompareSettings, methods: Sequence[Record], audit: Record)
         return f"On {settings.data}: fewer than two paired seeds give no interval, so no difference can be claimed."
     n = f"{pairs[0]}" if pairs[0] == pairs[-1] else f"{pairs[0]} to {pairs[-1]}"
     survivors = _survivors(audit)
-    judged = survivors or [m for m in MEASURES if MEASURES[m].flatter_when]
+    judged = survivors or [m for m in _MEASURED if MEASURES[m].flatter_when]
 
     def where(sign: int, names: Sequence[str]) -> str:
         found = [m for m in others if all(_sign(m["versus_first"]["measures"][name]) == sign for name in names)]
@@ -209,7 +207,7 @@ def _survivors(audit: Record) -> list[str]:
     """Flatness numbers that did not move and are invariant by theorem; on a dead network nothing moves."""
     return [
         m
-        for m in MEASURES
+        for m in _MEASURED
         if MEASURES[m].flatter_when
         and audit["verdict"][m] == "survives"
         and set(audit["symmetries"]) <= MEASURES[m].invariant_under
@@ -256,7 +254,7 @@ def _cautions(settings: CompareSettings, audit: Record, classes: int, runs: Sequ
             f"In {stopped} of {len(averaged)} runs SWAD saw its valley end and stopped before its budget was spent; its minima "
             "are then compared with those of longer trainings."
         )
-    changing = [MEASURES[m].label for m in MEASURES if audit["verdict"][m] == "changes"]
+    changing = [MEASURES[m].label for m in _MEASURED if audit["verdict"][m] == "changes"]
     if changing:
         lines.append(
             f"These numbers change when the weights are rescaled without changing any prediction: {_list(changing)}. "

@@ -17,7 +17,10 @@ from flatminima.batches import count_rows, cut_rows
 from flatminima.names import nearest_first
 from flatminima.objective import batches
 
-_EXAMPLE = "def build(): return model, loss_fn, (x, y); loss_fn may be None where the model computes its own loss"
+_EXAMPLE = (
+    "def build(): return model, loss_fn, (x, y), or these and unlabelled probes; loss_fn may be None where the model computes "
+    "its own loss"
+)
 
 
 class TargetError(ValueError):
@@ -26,11 +29,15 @@ class TargetError(ValueError):
 
 @dataclass(frozen=True)
 class Target:
-    """What is measured: ``loss_fn(model(x), y)`` averaged over the data; without ``loss_fn`` the ``.loss`` of the output."""
+    """What is measured: ``loss_fn(model(x), y)`` averaged over the data; without ``loss_fn`` the ``.loss`` of the output.
+
+    ``probes`` are inputs without targets, for the measures that look at some.
+    """
 
     model: nn.Module
     loss_fn: Callable[[Any, Any], Tensor] | None
     data: Any
+    probes: Any = None
 
 
 def load_target(reference: str, device: torch.device | str = "cpu") -> Target:
@@ -38,7 +45,8 @@ def load_target(reference: str, device: torch.device | str = "cpu") -> Target:
 
     The function takes no argument and returns ``(model, loss_fn, data)`` where data are ``(x, y)`` tensors, a dictionary for
     ``model(**batch)``, or an iterable of such batches. A model that computes its own loss, as those of Hugging Face do when
-    the batch holds ``labels``, comes with ``None`` for ``loss_fn``. The file runs as if it were imported from its own folder.
+    the batch holds ``labels``, comes with ``None`` for ``loss_fn``. A fourth value, if there is one, are probes: inputs without
+    targets. The file runs as if it were imported from its own folder.
 
     Raises:
         TargetError: not of that form, no such file or function, another return value, NaN in the inputs, or labels that a
@@ -60,11 +68,11 @@ def load_target(reference: str, device: torch.device | str = "cpu") -> Target:
         built = function()
     except ValueError as error:  # not one of ours: the user needs the traceback into their own code
         raise RuntimeError(f"{reference} raised {type(error).__name__}: {error}") from error
-    fits = isinstance(built, tuple) and len(built) == 3 and isinstance(built[0], nn.Module)
+    fits = isinstance(built, tuple) and len(built) in (3, 4) and isinstance(built[0], nn.Module)
     if not (fits and (built[1] is None or callable(built[1]))):
         kinds = ", ".join(type(v).__name__ for v in built) if isinstance(built, tuple) else type(built).__name__
         raise TargetError(f"{reference} returned ({kinds}); expected a module, a loss function and data: {_EXAMPLE}")
-    return Target(built[0].to(device), built[1], _checked(built[0], built[1], batches(built[2])))
+    return Target(built[0].to(device), built[1], _checked(built[0], built[1], batches(built[2])), *built[3:])
 
 
 def first_rows(data: list[tuple[Any, Any]], rows: int) -> list[tuple[Any, Any]]:

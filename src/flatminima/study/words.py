@@ -50,7 +50,7 @@ def _answer(results: Record) -> str:
             f"a smallest eigenvalue of {pm(smallest['value'], smallest['error'])}{_open(smallest['converged'])}"
         )
     if not clauses:
-        measures = results["measures"].values()
+        measures = [m for m in results["measures"].values() if m["error_kind"] != "not applicable"]
         done = sum(m["converged"] for m in measures)
         return f"{where}: {done} of {len(measures)} measures reached the accuracy asked for." if measures else where
     verdict = ""
@@ -173,9 +173,12 @@ def _cautions(results: Record) -> list[str]:
     if names:
         lines.append(f"Not converged in {_list(names)}: the errors there are larger than asked for.")
     lines += _disagreement(results)
-    loose = [m["label"] for m in results["measures"].values() if not m["converged"]]
+    absent = [m for m in results["measures"].values() if m["error_kind"] == "not applicable"]
+    loose = [m["label"] for m in results["measures"].values() if not m["converged"] and m not in absent]
     if loose:
         lines.append(f"Measures that did not converge: {_list(loose)}.")
+    if absent:
+        lines.append(f"Measures that do not apply here: {_list([m['label'] for m in absent])}; the notes say why.")
     smallest = results["smallest"]
     if smallest is not None and smallest["converged"] is None:
         lines.append(

@@ -1,82 +1,36 @@
-"""Maps of the parameters that change no prediction: what they are made of, and the proof that they change none.
+"""Maps of the parameters that change no prediction: what they are made of.
 
-Three small pieces, from the inside out:
+Small pieces, from the inside out:
 
-* an **action** says how some named tensors of a model change (`Scale` multiplies one tensor by a factor);
-* a **site** is one place in one network where a symmetry acts; it turns random numbers into actions;
-* a **symmetry** is all sites of one kind; it draws **members**, which are applied to a model and can be proved.
+* an **action** says how some named tensors of a model change (`actions.py`);
+* a **site** is one place in one network where a symmetry acts; it turns random numbers into actions (`sites.py`);
+* a **symmetry** is all sites of one kind; it draws **members**, which are applied to a model and can be proved (`proof.py`).
 
-A new kind of symmetry is one file with a finder, ``find(network) -> Findings`` (see `graph.Network`), listed in
-``FINDERS`` in ``__init__.py``. A kind that multiplies entries of tensors by powers of unit scales needs no class of
-its own: it describes its sites with `Rescaling`. Any other kind (permutations, matrices, shifts) writes its own
-`Action` and `Site`. Nothing is trusted because a finder proposed it: `find_symmetries` keeps only what passes `prove`.
+A new kind of symmetry is a line in `kinds.py` and a finder, ``find(network) -> Findings``, listed in ``FINDERS`` in
+``search.py``. Nothing is trusted because a finder proposed it: `find_symmetries` keeps only what passes `prove`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from flatminima.objective import unwrapped
 
-class Action(Protocol):
-    """A change of some named tensors (parameters or buffers) of a model."""
+from .actions import Action
+from .kinds import HESSIAN_LAWS, KINDS, Form, Preserves
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The tensors that the action reads or changes, by their names in the model."""
-        ...
+EXACT = 1e-9
+"""Largest relative change of an output, in float64, of a map that is called function preserving."""
 
-    def __call__(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The new values of the tensors that change; `values` holds all of `names` in float64 and is left untouched.
-
-        Raises ValueError where a value does not have the shape that the action was made for.
-        """
-        ...
-
-    def inverse(self) -> Action:
-        """The action that undoes this one."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Scale:
-    """``tensor -> factor * tensor``, entry by entry.
-
-    Args:
-        name: the tensor, by its name in the model.
-        factor: nonzero float64 tensor that broadcasts to the tensor's shape.
-    """
-
-    name: str
-    factor: Tensor
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The one tensor that changes."""
-        return (self.name,)
-
-    def __call__(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The scaled tensor; ValueError where the factor does not fit its shape."""
-        value = values[self.name]
-        fits = self.factor.ndim <= value.ndim and all(
-            f in (1, v) for f, v in zip(reversed(self.factor.shape), reversed(value.shape), strict=False)
-        )
-        if not fits:
-            raise ValueError(
-                f"'{self.name}' has shape {tuple(value.shape)}, but this symmetry scales it by a factor of shape "
-                f"{tuple(self.factor.shape)}: it was found in a different network; find the symmetries of this one"
-            )
-        return {self.name: value * self.factor.to(value.device)}
-
-    def inverse(self) -> Scale:
-        """Division by the same factor."""
-        return Scale(self.name, 1.0 / self.factor)
+APPROXIMATE = 1e-2
+"""The same for maps that are exact only without the ``eps`` of a normalisation; their measured change is always given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +39,18 @@ class Member:
 
     The arithmetic is float64 and every tensor is rounded once, to its own dtype.
 
+    Attributes:
+        kind: of the symmetry.
+        description: one line for people.
+        actions: what happens, in this order.
+        preserves: what stays, see `kinds.Kind`.
+        class_axis: of the outputs, for those kinds that do not preserve them all.
+        tolerance: of the proof.
+        form: of the map, see `kinds`.
+
     Example:
         >>> import torch
+        >>> from flatminima.symmetries import Scale
         >>> double = Member("example", "doubles every weight", (Scale("weight", torch.tensor(2.0).double()),))
         >>> layer = torch.nn.Linear(2, 1)
         >>> bool((double.apply(layer).weight == 2 * layer.weight).all())
@@ -96,6 +60,10 @@ class Member:
     kind: str
     description: str
     actions: tuple[Action, ...]
+    preserves: Preserves = "outputs"
+    class_axis: int = -1
+    tolerance: float = EXACT
+    form: Form = "linear"
 
     def apply(self, model: nn.Module) -> nn.Module:
         """A transformed deep copy of `model`; see `apply_`."""
@@ -111,21 +79,9 @@ class Member:
             OverflowError: a new value does not fit the tensor's dtype.
             Nothing is written in either case.
         """
-        tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        tensors |= dict(model.named_buffers(remove_duplicate=False))
-        missing = sorted({name for action in self.actions for name in action.names} - tensors.keys())
-        if missing:
-            raise ValueError(
-                f"this {self.kind} changes {', '.join(map(repr, missing))}, unknown to {type(model).__name__}; "
-                "find the symmetries of this model first"
-            )
+        tensors = self._tensors(model)
         with torch.no_grad():
-            values = {name: _double(tensors[name]) for action in self.actions for name in action.names}
-            changed: dict[str, Tensor] = {}
-            for action in self.actions:
-                update = action(values)
-                values |= update
-                changed |= update
+            changed = self._changed({name: _double(tensor) for name, tensor in tensors.items()})
             rounded = {name: value.to(tensors[name].dtype) for name, value in changed.items()}
             for name, value in rounded.items():
                 if bool((~value.isfinite() & tensors[name].isfinite().to(value.device)).any()):
@@ -139,7 +95,75 @@ class Member:
     def inverse(self) -> Member:
         """The member that undoes this one, up to rounding."""
         actions = tuple(action.inverse() for action in reversed(self.actions))
-        return Member(self.kind, f"inverse of: {self.description}", actions)
+        return replace(self, description=f"inverse of: {self.description}", actions=actions)
+
+    def linear_part(self, model: nn.Module, vectors: Tensor) -> Tensor:
+        """``D v`` of an affine map ``theta' = D theta + t``, for directions in the space of the parameters.
+
+        Args:
+            model: the network that the symmetry was found in.
+            vectors: (n,) or (n, k), in the order of ``model.parameters()``; any floating-point dtype.
+
+        Returns:
+            float64, of the same shape. Buffers (running statistics) are no parameters: they move along with the map, and
+            the law ``H' = D^-T H D^-1`` holds for the loss as a function of the parameters alone.
+
+        Raises:
+            ValueError: wrong length, or the map is not affine.
+
+        Example:
+            >>> import torch
+            >>> from flatminima.symmetries import Scale
+            >>> twice = Member("example", "", (Scale("weight", torch.tensor(2.0).double()),))
+            >>> twice.linear_part(torch.nn.Linear(2, 1), torch.ones(3)).tolist()       # weight (2), bias (1)
+            [2.0, 2.0, 1.0]
+        """
+        if self.form not in ("linear", "affine"):
+            raise ValueError(f"this {self.kind} is {self.form}: it has no linear part")
+        inner = unwrapped(model)[0]
+        parameters = dict(inner.named_parameters())
+        sizes = [p.numel() for p in parameters.values()]
+        if vectors.ndim not in (1, 2) or vectors.shape[0] != sum(sizes):
+            raise ValueError(
+                f"vectors have shape {tuple(vectors.shape)}; expected ({sum(sizes)},) or ({sum(sizes)}, k)"
+            )
+        # A tensor with several names is changed under the one that the action uses.
+        first = {id(p): name for name, p in parameters.items()}
+        own = {name: first[id(p)] for name, p in inner.named_parameters(remove_duplicate=False)}
+        tensors = {name: _double(tensor) for name, tensor in self._tensors(model).items()}
+        still = self._changed({n: torch.zeros_like(t) if n in own else t for n, t in tensors.items()})
+        columns = []
+        for column in vectors.detach().double().cpu().reshape(sum(sizes), -1).unbind(1):
+            pieces = {
+                name: piece.reshape(p.shape)
+                for (name, p), piece in zip(parameters.items(), column.split(sizes), strict=True)
+            }
+            moved = self._changed({n: pieces[own[n]] if n in own else t for n, t in tensors.items()})
+            for name in moved.keys() & own.keys():
+                pieces[own[name]] = moved[name] - still[name]
+            columns.append(torch.cat([piece.reshape(-1) for piece in pieces.values()]))
+        return torch.stack(columns, 1).reshape(vectors.shape)
+
+    def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        inner = unwrapped(model)[0]
+        tensors: dict[str, Tensor] = dict(inner.named_parameters(remove_duplicate=False))
+        tensors |= dict(inner.named_buffers(remove_duplicate=False))
+        needed = list(dict.fromkeys(name for action in self.actions for name in action.names))
+        missing = sorted(set(needed) - tensors.keys())
+        if missing:
+            raise ValueError(
+                f"this {self.kind} changes {', '.join(map(repr, missing))}, unknown to {type(inner).__name__}; "
+                "find the symmetries of this model first"
+            )
+        return {name: tensors[name] for name in needed}
+
+    def _changed(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        changed: dict[str, Tensor] = {}
+        for action in self.actions:
+            update = action(values)
+            values = values | update
+            changed |= update
+        return changed
 
 
 class Site(Protocol):
@@ -161,18 +185,50 @@ class Symmetry:
 
     Args:
         kind: the name under which measures declare their invariance, e.g. ``'relu-unit-rescaling'``.
-        law: what the maps do to parameters, gradient and Hessian, in one line.
+        law: what the maps do to the parameters, in one line.
         places: the sites; `sites` gives their names.
+        preserves: ``'outputs'``, ``'probabilities'`` or ``'predictions'``, see `kinds.Kind`.
+        form: of the maps: ``'linear'``, ``'affine'``, ``'nonlinear'`` or ``'conditional'``, see `kinds`.
+        orthogonal: whether the linear part of every map is orthogonal.
+        exact: False if the function is preserved up to the ``eps`` of a normalisation only.
+        class_axis: of the outputs, for kinds that do not preserve them all.
     """
 
     kind: str
     law: str
     places: tuple[Site, ...]
+    preserves: Preserves = "outputs"
+    form: Form = "linear"
+    orthogonal: bool = False
+    exact: bool = True
+    class_axis: int = -1
+
+    @staticmethod
+    def of(kind: str, places: Iterable[Site], **changes: object) -> Symmetry:
+        """A symmetry of a known kind with what `KINDS` says about it; `changes` where one network differs from that."""
+        known = KINDS[kind]
+        given = {
+            "preserves": known.preserves, "form": known.form, "orthogonal": known.orthogonal, "exact": known.exact,
+        } | changes  # fmt: skip
+        return Symmetry(kind, known.law, tuple(places), **given)  # type: ignore[arg-type]
 
     @property
     def sites(self) -> tuple[str, ...]:
         """The names of the places, for people."""
         return tuple(place.name for place in self.places)
+
+    @property
+    def linear(self) -> bool:
+        """Whether every map is ``theta' = D theta``, so that ``H' = D^-T H D^-1`` without an offset."""
+        return self.form == "linear"
+
+    @property
+    def hessian_law(self) -> str:
+        """What follows for gradient and Hessian of a loss of what is preserved, in one line."""
+        if self.preserves == "predictions":
+            return "no law: the loss is another one"
+        law = HESSIAN_LAWS[self.form, self.orthogonal]
+        return law if self.exact else f"{law}, up to eps"
 
     def __repr__(self) -> str:
         return f"Symmetry(kind={self.kind!r}, sites={self.sites!r})"
@@ -182,13 +238,15 @@ class Symmetry:
 
         Args:
             generator: the only source of randomness; the same state gives the same member.
-            max_scale: the size of the map, finite and above 1; scales are log-uniform in ``[1/max_scale, max_scale]``.
+            max_scale: the size of the map, finite and above 1; scales are log-uniform in ``[1/max_scale, max_scale]``, matrices
+                have such singular values, shifts are up to ``log(max_scale)`` typical weights.
 
         Example:
             >>> import torch
             >>> from flatminima.symmetries import find_symmetries, prove
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-            >>> layer, unit = find_symmetries(net, torch.randn(5, 4)).found
+            >>> found = {symmetry.kind: symmetry for symmetry in find_symmetries(net, torch.randn(5, 4)).found}
+            >>> unit = found["relu-unit-rescaling"]
             >>> unit.sites
             ('0 -> 2',)
             >>> prove(net, unit.member(torch.Generator().manual_seed(0)), torch.randn(5, 4)).preserved
@@ -198,143 +256,33 @@ class Symmetry:
             raise ValueError(f"max_scale is {max_scale}; expected a finite number above 1, e.g. 20")
         actions = tuple(action for place in self.places for action in place.sample(generator, max_scale))
         where = f"{len(self.places)} site{'s' if len(self.places) != 1 else ''}"
-        return Member(self.kind, f"{self.kind} at {where}, scales in [1/{max_scale:g}, {max_scale:g}]", actions)
+        description = f"{self.kind} at {where}, scales in [1/{max_scale:g}, {max_scale:g}]"
+        tolerance = EXACT if self.exact else APPROXIMATE
+        return Member(self.kind, description, actions, self.preserves, self.class_axis, tolerance, self.form)
 
 
-@dataclass(frozen=True, eq=False)
-class Entries:
-    """How the entries of one tensor follow the scales of a site: ``entry -> d[unit of the entry] ** power * entry``.
+@dataclass(frozen=True)
+class FalseFriend:
+    """A map that looks like a symmetry and is none: proposed all the same, so that the proof refuses it with a number.
 
-    Args:
-        name: the tensor, by its name in the model.
-        unit: int64 tensor that broadcasts to the tensor's shape: the unit that each entry belongs to.
-        power: +1 where a unit is written, -1 where it is read by a layer that is linear in it.
+    Attributes:
+        site: the layer, for people.
+        symmetry: the map.
+        reason: why it is none.
     """
 
-    name: str
-    unit: Tensor
-    power: int
-
-
-def log_uniform(generator: torch.Generator, max_scale: float, units: int) -> Tensor:
-    """One positive scale per unit, log-uniform in ``[1/max_scale, max_scale]``: shape (units,), float64, on the CPU."""
-    uniform = torch.rand(units, generator=generator, device=generator.device, dtype=torch.float64).cpu()
-    return torch.exp((2.0 * uniform - 1.0) * math.log(max_scale))
-
-
-def log_uniform_shared(generator: torch.Generator, max_scale: float, units: int) -> Tensor:
-    """One positive scale for all units, log-uniform in ``[1/max_scale, max_scale]``: shape (units,), float64, CPU."""
-    return log_uniform(generator, max_scale, 1).expand(units)
-
-
-@dataclass(frozen=True, eq=False)
-class Rescaling:
-    """A site of a diagonal symmetry ``theta' = D theta``: every entry is multiplied by a power of its unit's scale.
-
-    If ``f(D theta) = f(theta)`` for every theta then ``g' = D^-1 g`` and ``H' = D^-1 H D^-1``.
-
-    Args:
-        name: for people, e.g. ``'fc1 -> fc2'``.
-        units: how many units the site has.
-        entries: the tensors that change.
-        draw: (generator, max_scale, units) -> scales (units,), e.g. `log_uniform`.
-    """
-
-    name: str
-    units: int
-    entries: tuple[Entries, ...]
-    draw: Callable[[torch.Generator, float, int], Tensor]
-
-    def sample(self, generator: torch.Generator, max_scale: float) -> tuple[Action, ...]:
-        """The actions for scales drawn at random."""
-        return self.actions(self.draw(generator, max_scale, self.units))
-
-    def actions(self, scales: Tensor) -> tuple[Action, ...]:
-        """The actions for given nonzero scales, shape (units,)."""
-        if scales.shape != (self.units,):
-            raise ValueError(f"site '{self.name}' has {self.units} units; got scales of shape {tuple(scales.shape)}")
-        scales = scales.double()
-        return tuple(Scale(e.name, scales[e.unit] ** e.power) for e in self.entries)
+    site: str
+    symmetry: Symmetry
+    reason: str
 
 
 @dataclass(frozen=True)
 class Findings:
     """What one finder has to say: symmetries it proposes, and (site, reason) for the places it had to refuse."""
 
-    proposed: tuple[Symmetry, ...]
-    rejected: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Proof:
-    """The outcome of `prove`: ``max_change = max |output' - output| / max |output|``, in float64."""
-
-    kind: str
-    max_change: float
-    tolerance: float = 1e-9
-
-    @property
-    def preserved(self) -> bool:
-        """Whether the outputs agree within the tolerance."""
-        return self.max_change <= self.tolerance
-
-
-def prove(model: nn.Module, member: Member, inputs: Tensor) -> Proof:
-    """Compare the outputs of a model with those of its image under `member`.
-
-    Both are copies in float64 and evaluation mode, on the model's device (on the CPU where the device has no float64),
-    and both see the same random numbers. Neither the model nor the global random state changes. The proof speaks about
-    these inputs and these weights: a path that they leave unused (a layer of zeros) is not put to the test.
-
-    Args:
-        model: any module that returns one tensor.
-        member: from `Symmetry.member`.
-        inputs: a batch, as the model takes it; floating-point inputs are converted to float64.
-
-    Raises:
-        TypeError: the model does not return one float64 tensor when it is converted to float64.
-        ValueError: the model's own output is empty or not finite, so that nothing can be compared.
-
-    Cost: two forward passes, no gradient.
-
-    Example:
-        >>> import torch
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-        >>> wrong = Member("example", "rescales the weight, forgets the rest", (Scale("0.weight", torch.tensor(2.0)),))
-        >>> prove(net, wrong, torch.randn(5, 4)).preserved
-        False
-    """
-    before = _float64_output(model, None, inputs)
-    if before.numel() == 0 or not bool(before.isfinite().all()):
-        what = "empty" if before.numel() == 0 else "not finite"
-        raise ValueError(f"the model's output on these inputs is {what}: give inputs on which it can be compared")
-    after = _float64_output(model, member, inputs)
-    if after.shape != before.shape or not bool(after.isfinite().all()):
-        return Proof(member.kind, math.inf)
-    change, size = float((after - before).abs().max()), float(before.abs().max())
-    return Proof(member.kind, change / size if size > 0 else (0.0 if change == 0 else math.inf))
-
-
-def _float64_output(model: nn.Module, member: Member | None, inputs: Tensor) -> Tensor:
-    twin = copy.deepcopy(model)
-    first = next(iter(twin.parameters()), inputs)
-    device = torch.device("cpu") if first.device.type == "mps" else first.device  # mps has no float64
-    twin = twin.to(device).double().eval()
-    if member is not None:
-        member.apply_(twin)
-    inputs = inputs.to(device=device, dtype=torch.float64 if inputs.is_floating_point() else inputs.dtype)
-    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        # A model may work on its input in place; the other twin must see the original.
-        output = twin(inputs.clone())
-    if not isinstance(output, Tensor):
-        raise TypeError(f"{type(model).__name__} returns {type(output).__name__}; expected one tensor, e.g. the logits")
-    if output.dtype != torch.float64:
-        raise TypeError(
-            f"{type(model).__name__} returns {output.dtype} although it was converted to float64: it fixes a dtype "
-            "inside, so that rounding cannot be told from a change of function; let it follow the dtype of its weights"
-        )
-    return output
+    proposed: tuple[Symmetry, ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
+    false_friends: tuple[FalseFriend, ...] = ()
 
 
 def _double(tensor: Tensor) -> Tensor:
