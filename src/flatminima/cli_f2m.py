@@ -77,7 +77,7 @@ def run(
     finally:
         if bar.live.is_started:
             bar.stop()
-    write_json(directory / "results.json", results)
+    write_json(directory / "results.json", results, indent=None)  # hundreds of streams: megabytes of indentation
     write_text(directory / "report.html", render_f2m(results))
     write_text(directory / "table.md", f2m_markdown(results))
     console.print(results["answer"], highlight=False, markup=False)
