@@ -73,15 +73,22 @@ def graph_memory(forward: Forward, piece: Piece, leaves: Sequence[Tensor]) -> Me
 
 def _saved_bytes(forward: Forward, piece: Piece, leaves: Sequence[Tensor]) -> int:
     storages: dict[int, int] = {}
+    # The graph keeps numbers and this list the tensors: a graph that holds its own outputs by Python objects is a cycle through
+    # C++, which no garbage collection sees.
+    held: list[Tensor] = []
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        held.append(tensor)
+        return len(held) - 1
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = forward.loss(0, piece, leaves)
-        products.grad([value], list(leaves), [products.one(value)], create_graph=True)
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, held.__getitem__):
+            value = forward.loss(0, piece, leaves)
+            products.grad([value], list(leaves), [products.one(value)], create_graph=True)
+    finally:
+        held.clear()
     return sum(storages.values())
 
 
