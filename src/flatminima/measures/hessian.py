@@ -55,7 +55,11 @@ def trace(bench: Workbench) -> Measurement:
     found = trace_if_exact(bench.objective)  # before eigenpairs are sought that it does not need
     if found is None:
         found = hessian_trace(
-            bench.objective, rtol=options.rtol, max_products=options.max_probes, deflate=bench.eigen, seed=bench.seed + 1
+            bench.objective,
+            rtol=options.rtol,
+            max_products=options.max_probes,
+            deflate=bench.eigen,
+            seed=bench.seed + 1,
         )
     exact = found.method == "exact"
     kind, note = ("rounding", "exact") if exact else ("standard error", "")
