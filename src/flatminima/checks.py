@@ -135,11 +135,12 @@ def weighting(
         whole = joined(*parts)
         with forward.in_mode(False):
             found = []
-            for piece in (whole, *parts):
+            for piece in (*parts, whole):  # a label that is out of range is then named with its own batch
                 with torch.enable_grad():
                     value = forward.loss(0, piece, leaves)
                 slopes = products.grad([value], list(leaves))
                 found.append((float(value.detach()), torch.cat([g.to_dense().flatten().double() for g in slopes])))
+            found.insert(0, found.pop())
         target, images = found[0][1], [g for _, g in found[1:]]
         live = [g for g in (target, *images) if bool(g.isfinite().all())]
         scale = max((float(g.norm()) for g in live), default=0.0)
@@ -291,8 +292,8 @@ def refuse_wrong_derivative(forward: Forward, piece: Piece, leaves: list[Tensor]
     the step by chance, shorter steps and other directions decide: logits of a million bend within a millionth of a step.
 
     Returns:
-        Whether they could be compared: not where the model rounds to a lower precision inside, nor where the differences have
-        no limit that two steps agree on, because the loss is too sharp for them.
+        Whether they could be compared: not where the model rounds to a lower precision inside, nor where no two steps agree on
+        a difference, because the loss is too sharp for it.
 
     Raises:
         ObjectiveError: they differ in every direction tried, from differences that do not depend on the step.

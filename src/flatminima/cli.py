@@ -39,6 +39,7 @@ from flatminima.study.methods import AVERAGES, OPTIMIZERS
 from flatminima.study.settings import DEFAULT_EPOCHS, CompareSettings, SettingsError
 from flatminima.study.store import StoreError, write_json, write_text
 from flatminima.study.target import Target, TargetError, first_rows, load_target
+from flatminima.study.user_code import in_a_line, user_line
 from flatminima.symmetries import KINDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -53,11 +54,15 @@ _USER_ERRORS = (
 
 
 def main() -> None:
-    """Entry point: exit status 0, 2 for a mistake the user can mend, 130 after Ctrl-C."""
+    """Entry point: exit status 0, 2 for a mistake the user can mend (in their own code: its line), 130 after Ctrl-C."""
     try:
         app()
-    except _USER_ERRORS as error:
-        _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    except Exception as error:
+        where = user_line(error, called_by_us=True)
+        if where is None and not isinstance(error, _USER_ERRORS):
+            raise
+        message = str(error) if where is None else f"{where}: {in_a_line(error)}"
+        _err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -19,7 +19,7 @@ from flatminima.objective import LossFn, Objective, SecondDerivativeError
 from flatminima.symmetries.execution import Widened, double_copy
 
 #: By which one measure ends without a number, and an audit goes on.
-_FAILURES = (ArithmeticError, ValueError, torch.linalg.LinAlgError)
+_FAILURES = (ArithmeticError, ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 _LOWER = "the model computes its loss in"  # how a note about narrower casts begins
 _LIFTED = "casts to narrower types inside the model were lifted: all numbers are of double precision"

@@ -72,7 +72,7 @@ def _linear(objective: Objective, index: int, piece: Piece, outputs: Tensor) -> 
 def _normalised_axis(outputs: Tensor) -> int | None:
     """The axis along which the outputs are log-probabilities: 1, as ``nll_loss`` takes them, or the last."""
     for axis in (1, outputs.dim() - 1):
-        there = axis >= 1 and outputs.dim() > axis and outputs.shape[axis] > 1
-        if there and bool((outputs.double().logsumexp(axis).abs() <= _TOTAL).all()):
+        several = axis >= 1 and outputs.dim() > axis and outputs.shape[axis] > 1
+        if several and bool((outputs.double().logsumexp(axis).abs() <= _TOTAL).all()):
             return axis
     return None

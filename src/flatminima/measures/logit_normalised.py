@@ -30,12 +30,10 @@ def why_not_normalised(objective: Objective) -> str | None:
 def logit_normalised(objective: Objective) -> Objective:
     r"""The objective with logits :math:`f / \sqrt{\frac1K \sum_k (f_k - \bar f)^2}`, row by row (position by position).
 
-    Log-probabilities are logits too, up to a constant that does not change their spread: a model that ends in a log-softmax,
-    for the negative log-likelihood, has the numbers of its logits with cross entropy. Rows whose logits are all equal have no
-    spread, and are refused.
-
-    Source: Andriushchenko et al., "A Modern Look at
-    the Relationship between Sharpness and Generalization" (2023), section 3.
+    Log-probabilities are logits too, up to a constant that leaves their spread alone: a model that ends in a log-softmax, for
+    the negative log-likelihood, has the numbers of its logits with cross entropy. Rows whose logits are all equal have no
+    spread, and are refused. Source: Andriushchenko et al., "A Modern Look at the Relationship between Sharpness and
+    Generalization" (2023), section 3.
 
     Raises:
         NotApplicableError: there are no logits, or a row without spread.
