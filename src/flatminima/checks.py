@@ -285,8 +285,8 @@ def refuse_wrong_derivative(forward: Forward, piece: Piece, leaves: list[Tensor]
     the step by chance, shorter steps and other directions decide: logits of a million bend within a millionth of a step.
 
     Returns:
-        Whether they could be compared: not where the model rounds to a lower precision inside, nor where no two steps agree on a
-        difference, because the loss is too sharp for it.
+        Whether they could be compared: not where the model rounds to a lower precision inside, nor where no two steps agree on
+        a difference, because the loss is too sharp for it.
 
     Raises:
         ObjectiveError: they differ in every direction tried, from differences that do not depend on the step.
