@@ -10,8 +10,11 @@ from rich.console import RenderableType
 from flatminima.report.numbers import MISSING, as_finite, difference, integer, plain, with_error
 from flatminima.report.tables import Cell, Column, Table
 from flatminima.report.terminal import rendered
+from flatminima.report.verdicts_table import verdicts_table
 
 Results = Mapping[str, Any]
+
+claims_table = verdicts_table  # pages look tables up here by name
 _SUMMARY = ("first", "last", "average", "drop", "relative_drop", "base", "novel", "harmonic", "forgetting")
 _HEADS = {
     "first": "First", "last": "Last", "average": "Mean", "drop": "PD", "relative_drop": "PD / first", "base": "Base",
@@ -166,22 +169,6 @@ def ablation_table(results: Results) -> Table:
     heads = [Column(_HEADS[name], "%, ± 95 %") for name in ("average", "last", "base", "novel", "harmonic", "drop")]
     columns = (Column("Method", "", False), Column("Parts", "", False), *heads)
     return Table("ablation", "F2M, one part changed", columns, tuple(rows) if len(rows) > 1 else ())
-
-
-def claims_table(results: Results) -> Table:
-    """What the paper says, what these runs say, and the verdict."""
-    rows = []
-    for claim in results["claims"]:
-        measured = "; ".join(f"{name}: {_value(value)}" for name, value in claim["measured"].items())
-        given = "; ".join(f"{name} {_value(value)}" for name, value in claim["parameters"].items())
-        tone = "good" if claim["reproduced"] else "bad"
-        rows.append((Cell(claim["statement"], given), Cell(measured), Cell(claim["verdict"], tone=tone)))
-    columns = (Column("The paper", "", False), Column("These runs", "", False), Column("Verdict", "", False))
-    return Table("claims", "Claims", columns, tuple(rows))
-
-
-def _value(value: Any) -> str:
-    return plain(value, 3) if isinstance(value, float) else str(value)
 
 
 def _stat(stat: Mapping[str, Any], scale: float = 1.0) -> Cell:
