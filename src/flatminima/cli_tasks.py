@@ -29,7 +29,7 @@ def words(text: str) -> list[str]:
 def with_progress(
     experiment: Callable[[Report], dict[str, Any]], directory: Path, total: int, noun: str, err: Console
 ) -> dict[str, Any]:
-    """Call ``experiment(progress)`` under a bar of ``total`` tasks; Ctrl-C ends the process, status 130, with a line of help."""
+    """Call ``experiment(progress)`` under a bar of ``total`` tasks; Ctrl-C ends the process with a line of help, status 130."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
