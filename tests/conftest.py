@@ -11,11 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from playwright.sync_api import Browser, sync_playwright
 
 from flatminima import cli
 from flatminima.study.compare import compare
 from flatminima.study.settings import CompareSettings
+
+# One commit, one verdict: examples are the same in every run. `pytest --hypothesis-profile=explore` draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", derandomize=False)
+settings.load_profile("repeatable")
 
 TINY = CompareSettings(seeds=2, steps=40, train_size=300, measure_rows=64, audit_rows=32, audit_members=2)
 TINY_ARGUMENTS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,16 @@ def _entry(rank: int, job: Job, folder: str) -> None:
         raise
     finally:
         dist.destroy_process_group()
+    leave()
+
+
+def leave() -> None:
+    """End this process without finalising the interpreter.
+
+    A thread of gloo that still holds a tensor asks for the GIL while Python ends, and aborts the process after its work is done
+    (pytorch/pytorch pull request 179291).
+    """
+    os._exit(0)
 
 
 def on_two_ranks(job: Job) -> list[Any]:

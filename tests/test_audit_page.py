@@ -196,6 +196,17 @@ def test_the_browser_draws_everything_and_asks_for_nothing(
     )
     assert outside == []
     assert page.evaluate("() => document.scrollingElement.scrollWidth") <= width
+    cut_off = page.evaluate(
+        "() => [...document.querySelectorAll('.xtitle, .ytitle')].filter(title => {"
+        "const t = title.getBoundingClientRect(), p = title.closest('.plot').getBoundingClientRect();"
+        "return t.left < p.left - 1 || t.right > p.right + 1 || t.bottom > p.bottom + 1}).map(t => t.textContent)"
+    )
+    assert cut_off == []
+    over_each_other = page.evaluate(  # on a telephone a cell is its label and its value, side by side
+        "() => innerWidth > 640 ? [] : [...document.querySelectorAll('.matrix td')].filter(cell =>"
+        "parseFloat(getComputedStyle(cell).gridTemplateColumns) < 80).map(cell => cell.dataset.label)"
+    )
+    assert over_each_other == []
     assert page.evaluate("() => document.querySelectorAll('img').length") == 0
     assert requests == [path.as_uri()]
     assert complaints == []

@@ -102,7 +102,10 @@ def refused(outcome: Outcome, *texts: str) -> None:
         (("--methods", " , "), ["--methods is empty", "sgd, sam, asam", "or all"]),
         (("--methods", "sgd,assam"), ["unknown method 'assam': expected one of asam, "]),
         (("--methods", "sgd,sam+asam"), ["'sam+asam' names 2 optimisers"]),
-        (("--methods", "sgd,sam-on"), ["model 'mlp' has none: choose --model convnet-bn, resnet18, mnist-cnn, "]),
+        (
+            ("--methods", "sgd,sam-on"),
+            ["model 'mlp' has none: choose --model convnet-bn, resnet18, resnet20, mnist-cnn, "],
+        ),
         (("--seeds", "0"), ["--seeds must be at least 1, got 0"]),
         (("--rho", "-0.05"), ["--rho must be finite and >= 0, got -0.05"]),
         (("--rho", "nan"), ["--rho must be finite and >= 0, got nan"]),

@@ -86,7 +86,7 @@ def test_models_with_normalisation_layers_are_told_from_those_without() -> None:
         )
         assert has_normalisation(name) == found
     assert [name for name in models.MODELS if has_normalisation(name)] == [
-        "convnet-bn", "resnet18", "mnist-cnn", "resnet-gn", "vit",
+        "convnet-bn", "resnet18", "resnet20", "mnist-cnn", "resnet-gn", "vit",
     ]  # fmt: skip
 
 

@@ -31,14 +31,14 @@ def batch(shape: tuple[int, ...], rows: int = 4, dtype: torch.dtype = torch.floa
 
 
 def test_the_registry_describes_every_name() -> None:
-    assert list(MODELS) == ["mlp", "convnet", "convnet-bn", "resnet18", "mnist-cnn", "resnet-gn", "vit"]
+    assert list(MODELS) == ["mlp", "convnet", "convnet-bn", "resnet18", "resnet20", "mnist-cnn", "resnet-gn", "vit"]
     assert all(MODELS.values())
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)])
 def test_every_model_takes_every_data_set(name: str, shape: tuple[int, ...]) -> None:
-    options: dict[str, Any] = {"width": 4} if name == "resnet18" else {}
+    options: dict[str, Any] = {"width": 4} if name in ("resnet18", "resnet20") else {}
     model = build(name, shape, ("a", "b", "c"), **options)
     out = model(batch(shape, 2, torch.float32))
     assert out.shape == (2, 3)
@@ -87,6 +87,11 @@ def test_convnet_is_the_formula() -> None:
         ("convnet", (1, 8, 8), 10, {"norm": "batch"}, 9 * 16 + 32 + 144 * 32 + 64 + linear(128, 64) + linear(64, 10)),
         # The published count of ResNet-18 with a 3x3 stem.
         ("resnet18", (3, 32, 32), 10, {}, 11_173_962),
+        # That of ImageNet's network with its 1000 classes: 11,689,512.
+        ("resnet18", (3, 84, 84), 1000, {"stem": "imagenet"}, 11_689_512),
+        # He et al. count 0.27 million with shortcuts that have no weights; the two projections have 2,752.
+        ("resnet20", (3, 32, 32), 10, {}, 269_722 + 16 * 32 + 64 + 32 * 64 + 128),
+        ("resnet20", (3, 32, 32), 10, {"blocks": 1}, 78_042),
         (
             "vit",
             (3, 32, 32),
@@ -115,6 +120,20 @@ def test_resnet18_has_eighteen_layers_on_four_sizes() -> None:
     model(torch.zeros(1, 3, 32, 32))
     expected = [(4, 32, 32), (8, 16, 16), (16, 8, 8), (32, 4, 4)]
     assert seen == [shape for shape in expected for _ in range(2)]
+
+
+def test_resnet20_has_twenty_layers_on_three_sizes() -> None:
+    model = build("resnet20", (3, 32, 32), 10, width=4)
+    main = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "shortcut" not in n]
+    assert len(main) == 20
+    seen: list[tuple[int, ...]] = []
+    for module in model.modules():
+        if isinstance(module, ResidualBlock):
+            module.register_forward_hook(lambda _module, _inputs, out: seen.append(tuple(out.shape[1:])))
+    model(torch.zeros(1, 3, 32, 32))
+    assert seen == [shape for shape in [(4, 32, 32), (8, 16, 16), (16, 8, 8)] for _ in range(3)]
+    with pytest.raises(ValueError, match="option stem of model 'resnet18' is 'large': expected 'small' or 'imagenet'"):
+        build("resnet18", (3, 32, 32), 10, stem="large")
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "stride"), [(3, 3, 1), (3, 5, 2), (4, 4, 2)])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatminima import Objective, measure
+from flatminima import Objective, audit, measure
 from flatminima.measures.norms import spectral_product_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,11 +73,40 @@ def test_attention_counts_each_projection_and_names_what_it_leaves_out(kdim: int
     assert measure(f, ["spectral_product"])["spectral_product"].note == "not counted: place"
 
 
-def test_only_selected_layers_count_and_none_is_a_reason() -> None:
-    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+def test_frozen_layers_count_too_because_a_rescaling_moves_scale_into_them() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3, elementwise_affine=False), nn.ReLU(), nn.Linear(3, 2)).double()
     f = Objective(net, F.cross_entropy, (torch.randn(6, 4).double(), torch.arange(6) % 2))
-    assert spectral_product_of(f.restricted(["2.weight"])).value == pytest.approx(top(net[2].weight), rel=1e-12)
-    found = measure(f.restricted(["2.bias"]), ["spectral_product", "normalised_margin"])
+    found, expected = spectral_product_of(f), top(net[0].weight) * top(net[3].weight)
+    assert found.value == pytest.approx(expected, rel=1e-12)
+    assert spectral_product_of(f.restricted(["3.bias"])) == found
+    net[0].requires_grad_(False)
+    frozen = Objective(net, F.cross_entropy, (torch.randn(6, 4).double(), torch.arange(6) % 2))
+    assert spectral_product_of(frozen) == found
+
+
+def test_a_frozen_layer_leaves_spectral_measures_invariant_under_layer_rescaling() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    net[2].weight.requires_grad_(False)
+    report = audit(
+        net, F.cross_entropy, (torch.randn(20, 5), torch.arange(20) % 3), kinds=["relu-layer-rescaling"],
+        measures=["spectral_product", "normalised_margin"],
+    )  # fmt: skip
+    assert report.verdicts == {"spectral_product": "invariant", "normalised_margin": "invariant"}
+
+
+def test_a_model_without_matrices_has_a_reason() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    f = Objective(Scale(), F.cross_entropy, (torch.randn(6, 2), torch.arange(6) % 2))
+    found = measure(f, ["spectral_product", "normalised_margin"])
     assert all("no linear, convolutional" in m.note for m in found.values())
 
 

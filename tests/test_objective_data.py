@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from flatminima import Objective
 from flatminima.batches import Pieces, by_tokens
 from flatminima.objective import ObjectiveError
+from ranks_fixture import leave
 
 V, T = 7, 5
 
@@ -362,6 +363,7 @@ def _shard(rank: int, world: int, port: int, path: str, masked: bool) -> None:
         refused = str(error)
     torch.save({"found": found, "rows": f.rows, "refused": refused}, f"{path}/{rank}.pt")
     torch.distributed.destroy_process_group()
+    leave()
 
 
 def _problem(masked: bool) -> tuple[nn.Module, Any, tuple[Tensor, Tensor]]:

@@ -26,7 +26,8 @@ from flatminima.study.settings import DEFAULT_EPOCHS, CompareSettings, SettingsE
         ({"methods": ("sgd", "sam+asam")}, "'sam+asam' names 2 optimisers, sam and asam"),
         (
             {"methods": ("sam-on",)},
-            "model 'mlp' has none: choose --model convnet-bn, resnet18, mnist-cnn, resnet-gn or vit, or leave sam-on out",
+            "model 'mlp' has none: choose --model convnet-bn, resnet18, resnet20, mnist-cnn, resnet-gn or vit, "
+            "or leave sam-on out",
         ),
         ({"epochs": 3, "steps": 4}, "--epochs 3 and --steps 4 were both given"),
         ({"budget": "gradient"}, "unknown --budget 'gradient': expected one of gradients, "),

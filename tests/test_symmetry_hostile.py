@@ -226,7 +226,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str, str]] 
     "merged weights": (lambda: linear(lambda m, x: m.h(F.relu(F.linear(x, m.f.weight + m.b @ m.a, m.f.bias))),
         a=parameter(2, 5), b=parameter(4, 2)), rows, "linear", "is computed"),
     "write through a view": (lambda: linear(through_a_view), rows, "f", "mul_"),
-    "unknown operation": (lambda: linear(lambda m, x: m.h(torch.cumsum(F.relu(m.f(x)), 1))), rows, "f", "cumsum"),
+    "unknown operation": (lambda: linear(lambda m, x: m.h(torch.cumprod(F.relu(m.f(x)), 1))), rows, "f", "cumprod"),
     "normalised to length 1": (lambda: linear(lambda m, x: m.h(F.normalize(F.relu(m.f(x)), dim=1))), rows,
         "f", "normalize"),
     "added to a constant": (lambda: linear(lambda m, x: m.h(F.relu(m.f(x)) + 1.0)), rows, "f", "add"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ _PROBE_ROWS = 16
 _WRONG = (
     0.02  # a difference of gradients is not closer than that to the product of a model that works in float32 inside
 )
+
+_STEPS = (0.1, 1e-3, 1e-5, 1e-7)  # of differences, each tried where the one before did not agree
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,22 @@ def graph_memory(forward: Forward, piece: Piece, leaves: Sequence[Tensor]) -> Me
 
 def _saved_bytes(forward: Forward, piece: Piece, leaves: Sequence[Tensor]) -> int:
     storages: dict[int, int] = {}
+    # The graph keeps numbers and this list the tensors: a graph that holds its own outputs by Python objects is a cycle through
+    # C++, which no garbage collection sees.
+    held: list[Tensor] = []
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        held.append(tensor)
+        return len(held) - 1
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = forward.loss(0, piece, leaves)
-        products.grad([value], list(leaves), [products.one(value)], create_graph=True)
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, held.__getitem__):
+            value = forward.loss(0, piece, leaves)
+            products.grad([value], list(leaves), [products.one(value)], create_graph=True)
+    finally:
+        held.clear()
     return sum(storages.values())
 
 
@@ -125,11 +135,12 @@ def weighting(
         whole = joined(*parts)
         with forward.in_mode(False):
             found = []
-            for piece in (whole, *parts):
+            for piece in (*parts, whole):  # a label that is out of range is then named with its own batch
                 with torch.enable_grad():
                     value = forward.loss(0, piece, leaves)
                 slopes = products.grad([value], list(leaves))
                 found.append((float(value.detach()), torch.cat([g.to_dense().flatten().double() for g in slopes])))
+            found.insert(0, found.pop())
         target, images = found[0][1], [g for _, g in found[1:]]
         live = [g for g in (target, *images) if bool(g.isfinite().all())]
         scale = max((float(g.norm()) for g in live), default=0.0)
@@ -278,19 +289,20 @@ def refuse_wrong_derivative(forward: Forward, piece: Piece, leaves: list[Tensor]
     """Compare a product with a central difference of gradients, in double precision, close to the given point.
 
     Close to it, because a unit that is exactly zero there has a kink where the two rightly differ; and where a kink lies within
-    the step by chance, other directions decide.
+    the step by chance, shorter steps and other directions decide: logits of a million bend within a millionth of a step.
 
     Returns:
-        Whether they could be compared: not where the model rounds to a lower precision inside.
+        Whether they could be compared: not where the model rounds to a lower precision inside, nor where no two steps agree on
+        a difference, because the loss is too sharp for it.
 
     Raises:
-        ObjectiveError: they differ in every direction tried.
+        ObjectiveError: they differ in every direction tried, from differences that do not depend on the step.
     """
 
     def loss_at(parts: Sequence[Tensor]) -> Tensor:
         return forward.loss(0, piece, parts)
 
-    gaps = []
+    gaps, settled = [], False
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         shift, u = ([torch.randn(p.shape, generator=generator).to(p) for p in leaves] for _ in range(2))
@@ -301,21 +313,55 @@ def refuse_wrong_derivative(forward: Forward, piece: Piece, leaves: list[Tensor]
                 return False  # the loss is rounded (Hugging Face: to single precision), which a difference magnifies
             _clear_padding(forward, u)
             product = products.hessian_graph(loss_at, near)(u)
-            difference = products.hessian_difference(loss_at, near, 0.1)(u)
+            differences = [products.hessian_difference(loss_at, near, _STEPS[0])(u)]
         except RuntimeError:  # a model that insists on its precision
             return False
-        apart = [a - b for a, b in zip(product, difference, strict=True)]
         # Where the Hessian vanishes, the rounding of the gradient is all that a difference shows.
         unit = math.sqrt(_dot(u, u) / max(1.0, _dot(near, near)))
-        size = math.sqrt(_dot(difference, difference)) + 1e-4 * unit * math.sqrt(_dot(slope, slope))
-        gaps.append(math.sqrt(_dot(apart, apart)) / max(size, 1e-300))
+        noise = 1e-4 * unit * math.sqrt(_dot(slope, slope))
+        gaps.append(_gap(product, differences[0], noise))
         if not gaps[-1] > _WRONG:
             return True
+        for step in _STEPS[1:]:
+            differences.append(products.hessian_difference(loss_at, near, step)(u))
+            if not _gap(product, differences[-1], noise) > _WRONG:
+                return True
+        settled |= any(not _gap(a, b, noise) > _WRONG for a, b in itertools.pairwise(differences))
+    if not settled:
+        return False
     raise ObjectiveError(
         f"a Hessian product of this model differs from a difference of its gradients by {min(gaps):.2g}, relative: the second "
         "derivative of some operation is wrong: a torch.autograd.Function, perhaps (write it in differentiable operations, or "
         "pass second_order='finite-difference'), or activation checkpointing, which recomputes with other weights (turn it off)"
     )
+
+
+def _gap(product: Sequence[Tensor], difference: Sequence[Tensor], noise: float) -> float:
+    """How far a product is from a difference, relative to the difference and what rounding makes of it."""
+    apart = [a - b for a, b in zip(product, difference, strict=True)]
+    return math.sqrt(_dot(apart, apart)) / max(math.sqrt(_dot(difference, difference)) + noise, 1e-300)
+
+
+def lost_near_zero(forward: Forward, piece: Piece, leaves: list[Tensor]) -> float:
+    """Share of Hessian products that is rounding because the loss is next to zero, at most 1; 0 where the loss is not small.
+
+    A probability of a confident classifier rounds to one, and what is left of its curvature is not symmetric any more: twice
+    the same bilinear form tells by how much.
+    """
+    with torch.no_grad():
+        small = abs(float(forward.loss(0, piece, leaves))) <= math.sqrt(max(torch.finfo(p.dtype).eps for p in leaves))
+    if not small:
+        return 0.0
+    multiply = products.hessian_graph(lambda parts: forward.loss(0, piece, parts), leaves)
+    generator = torch.Generator().manual_seed(0)
+    u, v = ([torch.randn(p.shape, generator=generator).to(p.device, p.dtype) for p in leaves] for _ in range(2))
+    hu, hv = multiply(u), multiply(v)
+    largest = max((float(part.abs().max()) for part in (*hu, *hv) if part.numel()), default=0.0)
+    if not 0 < largest < math.inf:
+        return 0.0
+    hu, hv = ([part.double() / largest for part in image] for image in (hu, hv))  # their squares would underflow
+    size = math.sqrt(math.sqrt(_dot(hu, hu)) * math.sqrt(_dot(hv, hv)))
+    return min(1.0, abs(_dot(u, hv) - _dot(v, hu)) / max(size, torch.finfo(torch.float64).tiny))
 
 
 def product_error(

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import flatminima
-from flatminima import cli_audit, cli_measure, cli_study, cli_swad, cli_symmetries
-from flatminima.data import DATASETS, DOMAIN_DATASETS, DataError
+from flatminima import cli_audit, cli_f2m, cli_measure, cli_study, cli_swad, cli_symmetries
+from flatminima.data import DATASETS, DOMAIN_DATASETS, INCREMENTAL_DATASETS, DataError
 from flatminima.measures import GROUPS, MeasureOptions, resolve
 from flatminima.models import MODELS
 from flatminima.names import unknown
@@ -48,6 +48,7 @@ from flatminima.study.methods import AVERAGES, OPTIMIZERS
 from flatminima.study.settings import DEFAULT_EPOCHS, CompareSettings, SettingsError
 from flatminima.study.store import StoreError, write_json, write_text
 from flatminima.study.target import Target, TargetError, first_rows, load_target
+from flatminima.study.user_code import in_a_line, user_line
 from flatminima.symmetries import KINDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -63,11 +64,15 @@ _USER_ERRORS = (
 
 
 def main() -> None:
-    """Entry point: exit status 0, 2 for a mistake the user can mend, 130 after Ctrl-C."""
+    """Entry point: exit status 0, 2 for a mistake the user can mend (in their own code: its line), 130 after Ctrl-C."""
     try:
         app()
-    except _USER_ERRORS as error:
-        _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    except Exception as error:
+        where = user_line(error, called_by_us=True)
+        if where is None and not isinstance(error, _USER_ERRORS):
+            raise
+        message = str(error) if where is None else f"{where}: {in_a_line(error)}"
+        _err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -539,6 +544,91 @@ def reproduce_swad_command(
     cli_swad.run(
         settings, targets=targets, seeds=seeds, algorithms=algorithms, draws=draws, workers=workers, ray=ray, beside=beside,
         run=not only_render, out=out, consoles=(_out, _err),
+    )  # fmt: skip
+
+
+@_reproduce.command("f2m")
+def reproduce_f2m_command(
+    data: Annotated[
+        str,
+        typer.Option(help=f"{', '.join(INCREMENTAL_DATASETS)}, or a folder train/<class>/<file>, test/<class>/<file>."),
+    ] = "fashion-mnist",
+    methods: Annotated[str, typer.Option(help=f"Comma-separated, or all: {', '.join(cli_f2m.METHODS)}.")] = ",".join(
+        cli_f2m.DEFAULT_METHODS
+    ),
+    seeds: Annotated[
+        int, typer.Option(help="Base networks of every kind; a seed decides class order and shots too.")
+    ] = 3,
+    draws: Annotated[int, typer.Option(help="Of shots, within every seed.")] = 5,
+    protocol: Annotated[str, typer.Option(help=f"Named settings: {', '.join(cli_f2m.PROTOCOLS)}.")] = "small",
+    split: Annotated[
+        str | None, typer.Option(help="JSON file with class order, shots and test rows, for all seeds.")
+    ] = None,
+    validate: Annotated[
+        bool | None, typer.Option("--validate", help="Base images alone, to choose settings on: no test image is read.")
+    ] = None,
+    base_classes: Annotated[int | None, typer.Option(help="Classes of the first session.")] = None,
+    way: Annotated[int | None, typer.Option(help="New classes of every later session.")] = None,
+    shot: Annotated[int | None, typer.Option(help="Images of every new class.")] = None,
+    sessions: Annotated[int | None, typer.Option(help="After the first (default: as the classes allow).")] = None,
+    order: Annotated[str | None, typer.Option(help="Of the classes: random by seed, or sorted.")] = None,
+    base_images: Annotated[int | None, typer.Option(help="Of every base class, at most.")] = None,
+    test_images: Annotated[int | None, typer.Option(help="Of every class, at most.")] = None,
+    held_out: Annotated[float | None, typer.Option(help="Part of the base images that validates (f2m-swad).")] = None,
+    model: Annotated[str | None, typer.Option(help=f"{', '.join(MODELS)} (default: the protocol's).")] = None,
+    width: Annotated[int | None, typer.Option(help="Of resnet20 and resnet18.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels a side of stored pictures, for pictures in files.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Optimiser steps of base training.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Of base training.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Last convolutions with noise, which the sessions train.")] = None,
+    layer_names: Annotated[
+        str | None, typer.Option(help="Patterns of parameter names instead, comma-separated.")
+    ] = None,
+    bound: Annotated[float | None, typer.Option(help="Half width b of the box.")] = None,
+    relative: Annotated[
+        bool | None, typer.Option("--relative/--absolute", help="b as a part of each tensor's root mean square.")
+    ] = None,
+    clamp_bound: Annotated[
+        float | None, typer.Option(help="Half width that sessions are clamped to, if not b.")
+    ] = None,
+    noise: Annotated[str | None, typer.Option(help="uniform, beta_grid or beta_grid_released.")] = None,
+    draws_per_step: Annotated[int | None, typer.Option(help="M, noise draws of a base training step.")] = None,
+    antithetic: Annotated[
+        bool | None, typer.Option("--antithetic", help="Draw noise in pairs of opposite signs.")
+    ] = None,
+    prototype_weight: Annotated[float | None, typer.Option(help="Of prototype fixing.")] = None,
+    std_weight: Annotated[float | None, typer.Option(help="Of the deviation over draws (released code: 2).")] = None,
+    rho: Annotated[float | None, typer.Option(help="Of SAM.")] = None,
+    session_steps: Annotated[int | None, typer.Option(help="Full-batch steps of a session.")] = None,
+    session_lr: Annotated[float | None, typer.Option(help="Of these steps.")] = None,
+    replay: Annotated[str | None, typer.Option(help="What F2M's sessions see again: none, novel or all.")] = None,
+    joint: Annotated[
+        str | None, typer.Option(help="Joint networks begin from scratch or from the base network.")
+    ] = None,
+    joint_iterations: Annotated[int | None, typer.Option(help="Joint steps of a session.")] = None,
+    probe_rows: Annotated[int | None, typer.Option(help="Images that flatness is measured on; 0: not at all.")] = None,
+    device: _Device = "cpu",
+    workers: Annotated[int | None, typer.Option(help="Tasks at once (default 1; on a cluster as many as fit).")] = None,
+    ray: Annotated[str | None, typer.Option(help="Run on a Ray cluster: host:port, auto or local.")] = None,
+    only_render: Annotated[
+        bool, typer.Option("--render", help="Run nothing: results and page of the tasks that are finished.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory (default runs/f2m-DATA); the same command resumes.")
+    ] = None,
+) -> None:
+    """F2M and incremental few-shot learning: train base classes in a flat region, then learn new ones from a few images."""
+    settings = cli_f2m.settings(
+        data, protocol, split=split, validate=validate, base=base_classes, way=way, shot=shot, sessions=sessions, order=order,
+        base_images=base_images, test_images=test_images, held_out=held_out, model=model, width=width, size=size,
+        iterations=iterations, lr=lr, layers=layers, layer_names=layer_names, bound=bound, relative=relative,
+        clamp_bound=clamp_bound, noise=noise, draws=draws_per_step, antithetic=antithetic, prototype_weight=prototype_weight,
+        std_weight=std_weight, rho=rho, session_steps=session_steps, session_lr=session_lr, replay=replay, joint=joint,
+        joint_iterations=joint_iterations, probe_rows=probe_rows, device=str(_device(device)),
+    )  # fmt: skip
+    cli_f2m.run(
+        settings, methods=methods, seeds=seeds, draws=draws, workers=workers, ray=ray, run=not only_render, out=out,
+        consoles=(_out, _err),
     )  # fmt: skip
 
 

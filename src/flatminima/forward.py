@@ -72,7 +72,12 @@ class Forward:
     def loss_of(self, output: Any, piece: Piece) -> Tensor:
         """The loss of an output that is at hand."""
         if self.loss_fn is not None:
-            return _scalar(self.loss_fn(output, moved(piece.targets, self.device)))
+            targets = moved(piece.targets, self.device)
+            try:
+                return _scalar(self.loss_fn(output, targets))
+            except IndexError as error:
+                _refuse_labels(self.loss_fn, output, targets, piece.batch, error)
+                raise
         found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if not isinstance(found, Tensor):
             raise ObjectiveError(
@@ -234,6 +239,23 @@ def finite(value: Tensor, piece: Piece, names: Sequence[str], values: Sequence[T
             + (f"; the parameters {', '.join(bad)} hold NaN or infinity" if bad else "")
         )
     return number
+
+
+def _refuse_labels(loss_fn: LossFn, output: Any, targets: Any, batch: int, error: IndexError) -> None:
+    """Say which label the loss could not look up.
+
+    Raises:
+        ObjectiveError: there is one.
+    """
+    labels = isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.dtype == torch.bool)
+    if not (labels and isinstance(output, Tensor) and output.dim() >= 2):
+        return
+    classes = output.shape[1 if output.dim() == targets.dim() + 1 else -1]
+    outside = targets[(targets != getattr(loss_fn, "ignore_index", -100)) & ((targets < 0) | (targets >= classes))]
+    if outside.numel():
+        raise ObjectiveError(
+            f"label out of range: batch {batch}: got {int(outside[0])}, expected 0..{classes - 1} (the model's outputs)"
+        ) from error
 
 
 def _scalar(value: Any) -> Tensor:

@@ -43,6 +43,9 @@ SECOND_ORDER = ("auto", "graph", "traced", "calibrate", "finite-difference")
 # Vectors that share one graph when it has to be rebuilt: the gain levels off, the memory does not.
 _BLOCK = 8
 
+# Relative rounding of products that a reader must know of.
+_NOTABLE = 1e-6
+
 # Parameters beyond which no double-precision copy of the model is made to check the products.
 _LARGE = 5_000_000
 
@@ -180,6 +183,7 @@ class Objective:
         self._path: dict[str, str] = {}
         self._verified = False
         self._product_error = 0.0
+        self._lost = 0.0
         self._difference_error = 0.0
 
     # ----- vectors ---------------------------------------------------------------------------------------------------
@@ -202,6 +206,11 @@ class Objective:
     @property
     def rounding(self) -> float:
         """Relative error of a Hessian product, about: machine epsilon, or more where an experiment has shown it."""
+        return max(self.pass_rounding, self._lost)
+
+    @property
+    def pass_rounding(self) -> float:
+        """As :attr:`rounding`, without what products lose where the loss is next to zero."""
         precision = self._forward.precision or self.dtype
         coarsest = max(float(torch.finfo(t).eps) for t in (precision, *(p.dtype for p in self._parameters)))
         return max(coarsest, self._product_error) + self._difference_error
@@ -466,7 +475,8 @@ class Objective:
         """Compare a Hessian product with a difference of gradients in double precision, or else with its mirror image.
 
         On a few rows, once; the products call it by themselves unless ``check=False``. It also measures :attr:`rounding`: the
-        product in the objective's own precision against that in double precision.
+        product in the objective's own precision against that in double precision, and how far products are from symmetric
+        where the loss is so small that probabilities round to one.
 
         Raises:
             ObjectiveError: a second derivative is wrong, or does not exist (SecondDerivativeError).
@@ -485,7 +495,18 @@ class Objective:
                 self._product_error = checks.product_error(self._forward, few, leaves, twin._forward, precise, exact)
         if not compared:
             checks.refuse_asymmetry(self._forward, few, leaves)
+        self._lost = checks.lost_near_zero(self._forward, few, leaves)
+        if self._lost > _NOTABLE:
+            self._note(
+                f"the loss is so near zero that rounding is {self._lost:.1g} of a Hessian product, relative: probabilities "
+                "next to one leave nothing of their distance to it"
+            )
         self._verified = True
+
+    def measured_like(self, other: Objective) -> Objective:
+        """This objective, with products taken to be as exact as those of another way to write the same function."""
+        self._product_error, self._lost = other._product_error, other._lost
+        return self
 
     def _calibrated(self, loss_at: Callable[[Sequence[Tensor]], Tensor], leaves: list[Tensor]) -> LinearMap:
         """Time the kept graph against the traced map on one vector each, and keep the faster if they agree."""

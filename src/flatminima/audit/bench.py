@@ -15,8 +15,11 @@ from torch.nn import functional as F
 
 from flatminima.batches import ObjectiveError, batches, cast, count_rows, cut_rows
 from flatminima.measures import MEASURES, Measurement, MeasureOptions, measure
-from flatminima.objective import LossFn, Objective
+from flatminima.objective import LossFn, Objective, SecondDerivativeError
 from flatminima.symmetries.execution import Widened, double_copy
+
+#: By which one measure ends without a number, and an audit goes on.
+_FAILURES = (ArithmeticError, ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 _LOWER = "the model computes its loss in"  # how a note about narrower casts begins
 _LIFTED = "casts to narrower types inside the model were lifted: all numbers are of double precision"
@@ -62,12 +65,14 @@ class Bench:
         self.model = double_copy(model, mode)
         self.loss_fn = copy.deepcopy(loss_fn).double() if isinstance(loss_fn, nn.Module) else loss_fn
         self.options, self.mode, self.seed, self.probes = options, mode, seed, cast(probes, torch.float64)
-        plain = self.at(self.model).loss()
+        plain = self._unchecked(self.model).loss()
         with Widened():  # type: ignore[no-untyped-call]
-            self.loss = self.at(self.model).loss()
+            self.loss = self._unchecked(self.model).loss()
         self._casts = self.loss != plain
         with self.lifted():  # the one construction that checks the function; its copies are the same function
             self.objective = Objective(self.model, self.loss_fn, self.pairs, mode=mode, seed=seed)
+            with contextlib.suppress(SecondDerivativeError):  # products are differences then
+                self.objective.verify()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -88,6 +93,9 @@ class Bench:
 
     def at(self, model: nn.Module) -> Objective:
         """The objective of a member; what is known of the network itself is not checked again."""
+        return self._unchecked(model).measured_like(self.objective)
+
+    def _unchecked(self, model: nn.Module) -> Objective:
         return Objective(model, self.loss_fn, self.pairs, mode=self.mode, seed=self.seed, check=False)
 
     def lifted(self) -> contextlib.AbstractContextManager[Any]:
@@ -98,20 +106,10 @@ class Bench:
         """Loss and measures of a member; a measure that fails there has no value, and the others go on."""
         with self.lifted():
             objective = self.at(model)
-            loss = objective.loss()
-            try:
-                return loss, self._all(objective, names)
-            except (FloatingPointError, ValueError):
-                found: dict[str, Measurement] = {}
-                for name in names:
-                    try:
-                        found |= self._all(objective, [name])
-                    except (FloatingPointError, ValueError) as error:
-                        found[name] = Measurement(name, math.nan, None, "not applicable", False, note=str(error))
-                return loss, found
+            return objective.loss(), self._all(objective, names)
 
     def at_the_network(self, names: Iterable[str]) -> dict[str, Measurement]:
-        """Measures of the network itself."""
+        """Measures of the network itself; one that fails has no value but the reason, and the others go on."""
         with self.lifted():
             return self._all(self.objective, names)
 
@@ -136,4 +134,14 @@ class Bench:
         wanted = list(names)
         if not wanted:
             return {}
-        return measure(objective, wanted, options=self.options, seed=self.seed, probes=self.probes)
+        try:
+            return measure(objective, wanted, options=self.options, seed=self.seed, probes=self.probes)
+        except _FAILURES:
+            found: dict[str, Measurement] = {}
+            for name in wanted:
+                try:
+                    found |= measure(objective, [name], options=self.options, seed=self.seed, probes=self.probes)
+                except _FAILURES as error:
+                    reason = str(error) or type(error).__name__
+                    found[name] = Measurement(name, math.nan, None, "not applicable", False, note=reason)
+            return found

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from flatminima.audit.bench import Bench
 from flatminima.symmetries import Member, Symmetry, SymmetrySearch, find_symmetries
@@ -16,6 +17,7 @@ from flatminima.symmetries.proof import Prover
 
 _PROBE_ROWS = 64  # of the first batch, to find the symmetries
 _PROOF_ROWS = 1024  # of the first batch, to prove every member
+UNUSED = "found, but member"  # how a kind is reported whose members could not all be proved
 LOSS_TOLERANCE = 1e-6  # relative: cancellation in a small loss magnifies the rounding of the outputs
 
 
@@ -58,6 +60,20 @@ class Orbit:
         """The random member of this number; the same one at every call, whatever else is audited."""
         key = zlib.crc32(f"{self.seed}/{self.kind}/{index}".encode())
         return self.symmetry.member(torch.Generator().manual_seed(key), self.max_scale)
+
+    def mixes_frozen(self, model: nn.Module) -> bool:
+        """Whether the maps add frozen parameters to others, or others to frozen ones.
+
+        Then the law ``H' = D^-T H D^-1`` holds for all parameters together, but for those that are not frozen there is no
+        D of their own, and no theorem about what is measured with them alone.
+        """
+        free = torch.cat([torch.full((p.numel(),), p.requires_grad) for p in model.parameters()])
+        if self.symmetry.form not in ("linear", "affine") or bool(free.all()):
+            return False
+        direction = torch.randn(len(free), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        alone = torch.stack([direction * free, direction * ~free], 1)
+        moved = self.member(0).linear_part(model, alone)
+        return bool(moved[~free, 0].any() or moved[free, 1].any())
 
 
 def find_orbits(
@@ -144,7 +160,7 @@ def _proved(bench: Bench, orbit: Orbit) -> tuple[Orbit, str | None]:
         proof = prover.prove(orbit.member(index))
         if not proof.preserved:
             return orbit, (
-                f"found, but member {index} changes the {orbit.preserves} by {proof.max_change:.1e} of the largest "
+                f"{UNUSED} {index} changes the {orbit.preserves} by {proof.max_change:.1e} of the largest "
                 f"(tolerance {proof.tolerance:.0e}); not used. Lower max_scale ({orbit.max_scale:g})"
                 + (" if the outputs are ill-conditioned" if proof.tolerance <= EXACT else "")
             )

@@ -226,11 +226,14 @@ def _difference(name: str, a: AuditReport, b: AuditReport) -> Difference:
     resolved = abs(gap) > ERRORS * error + rounding(one.value, other.value)
     direction = {"lower": 1, "higher": -1}.get(str(MEASURES[name].flatter_when), 0)
     flatter = None if not resolved or not direction else int(gap * direction < 0)
-    low, high = a.range(name)
-    basis = max((_BASIS[report.verdicts[name]] for report in (a, b)), key=_BASES.index)
-    if _BASES.index(basis) < _BASES.index("survived") and not invariant_beyond(name) and (a.partial or b.partial):
-        basis = "survived"  # a symmetry that was not looked for may move it
+    reached = [*a.range(name), *(v for change in a.hidden(name) for v in change.values if not math.isnan(v))]
+    hidden = [change.status for report in (a, b) for change in report.hidden(name)]
+    basis = max((_BASIS[status] for status in (a.verdicts[name], b.verdicts[name], *hidden)), key=_BASES.index)
+    unsure = (a.partial or b.partial) and not invariant_beyond(name)
+    unsure |= any(MEASURES[name].invariance(kind) not in ("invariant", "almost") for kind in (*a.unused, *b.unused))
+    if _BASES.index(basis) < _BASES.index("survived") and unsure:
+        basis = "survived"  # a symmetry that was not looked for, or not used, may move it
     return Difference(
         name, one.value, other.value, gap, error, resolved, flatter, basis,
-        within_orbit=other.value <= high if gap > 0 else other.value >= low,
+        within_orbit=other.value <= max(reached) if gap > 0 else other.value >= min(reached),
     )  # fmt: skip

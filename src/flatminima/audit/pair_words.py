@@ -190,7 +190,7 @@ def _refusal(found: MinimaComparison) -> str:
 
 def _moved(found: MinimaComparison, measure: str) -> list[str]:
     """The kinds under which a measure is not known to be invariant, or was not seen to be."""
-    changes = [c for audit in found.audits for c in audit.of(measure)]
+    changes = [c for audit in found.audits for c in (*audit.of(measure), *audit.hidden(measure))]
     return list(dict.fromkeys(c.symmetry for c in changes if c.status not in ("invariant", "nearly")))
 
 

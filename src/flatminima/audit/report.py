@@ -10,10 +10,10 @@ from typing import Any, Literal
 from flatminima.audit import words
 from flatminima.audit.judge import MOVED, Change, Status, spread, worst
 from flatminima.audit.law import TraceLaw
-from flatminima.audit.orbit import Orbit
+from flatminima.audit.orbit import UNUSED, Orbit
 from flatminima.audit.repair import Repair, repair_of
 from flatminima.measures import MEASURES, Measurement
-from flatminima.symmetries.search import INPUTS_LIKE_THE_EXAMPLE
+from flatminima.symmetries.search import may_hide
 
 Verdict = Status | Literal["not tested", "not applicable"]
 
@@ -69,9 +69,19 @@ class AuditReport:
         return tuple(orbit.kind for orbit in self.orbits if orbit.function_preserving)
 
     @property
+    def loss_preserving(self) -> tuple[str, ...]:
+        """Kinds that change no loss: `coordinates`, and shifts of all logits where the loss sees probabilities alone."""
+        return tuple(orbit.kind for orbit in self.orbits if orbit.preserves != "predictions")
+
+    @property
     def unanalysed(self) -> tuple[tuple[str, str], ...]:
         """``(site, reason)`` of parts of the model in which symmetries may have been missed."""
-        return tuple((site, reason) for site, reason in self.rejected if _not_analysed(site, reason))
+        return tuple((site, reason) for site, reason in self.rejected if may_hide(site, reason))
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Kinds that the network admits and that moved no measure here, because a member could not be proved."""
+        return tuple(kind for kind, reason in self.rejected if reason.startswith(UNUSED))
 
     @property
     def partial(self) -> bool:
@@ -86,6 +96,11 @@ class AuditReport:
     def of(self, name: str) -> tuple[Change, ...]:
         """The changes of one measure under changes of coordinates."""
         return tuple(c for c in self.changes if c.measure == name and c.symmetry in self.coordinates)
+
+    def hidden(self, name: str) -> tuple[Change, ...]:
+        """The changes of one measure under maps that move outputs which its loss does not see."""
+        beyond = set(self.loss_preserving) - set(self.coordinates)
+        return tuple(c for c in self.changes if c.measure == name and c.symmetry in beyond)
 
     @cached_property
     def verdicts(self) -> dict[str, Verdict]:
@@ -184,12 +199,6 @@ class AuditReport:
                 "same_intention": repair.same_intention,
             },
         }  # fmt: skip
-
-
-def _not_analysed(site: str, reason: str) -> bool:
-    if INPUTS_LIKE_THE_EXAMPLE in reason:
-        return False
-    return site == "model" or "control flow" in reason or "was not analysed" in reason
 
 
 def _orbit_fields(orbit: Orbit) -> dict[str, Any]:

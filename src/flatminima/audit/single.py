@@ -18,6 +18,7 @@ from flatminima.audit.orbit import Orbit, find_orbits, keeps_outputs, left_out, 
 from flatminima.audit.repair import with_repairs
 from flatminima.audit.report import AuditReport
 from flatminima.measures import MEASURES, Measurement, MeasureOptions, resolve, unseen
+from flatminima.measures.invariance import FUNCTION_PRESERVING, NEARLY
 from flatminima.names import unknown
 from flatminima.objective import LossFn
 from flatminima.symmetries import KINDS, Symmetry
@@ -135,12 +136,17 @@ def audit(
     with clock("law of the trace"):
         traces = {kind: [row["trace"] for row in rows if "trace" in row] for kind, rows in measured.items()}
         found_laws, note = trace_laws(bench, kept, traces) if laws and "trace" in tested else ((), "")
+    mixing = {orbit.kind for orbit in kept if orbit.mixes_frozen(bench.model)}
     cost = sum(m.cost for m in base.values()) + sum(
         m.cost for rows in measured.values() for row in rows for m in row.values()
     )
     return AuditReport(
         measurements=shown,
-        changes=tuple(_change(name, orbit, base[name], measured[orbit.kind]) for name in tested for orbit in kept),
+        changes=tuple(
+            _change(name, orbit, base[name], measured[orbit.kind], mixed=orbit.kind in mixing)
+            for name in tested
+            for orbit in kept
+        ),
         orbits=tuple(kept),
         laws=found_laws,
         rejected=tuple(rejected),
@@ -206,6 +212,16 @@ def _due(name: str, symmetry: Symmetry, members: int, checks: int) -> int:
     return min(checks, members) if told else members
 
 
-def _change(name: str, orbit: Orbit, base: Measurement, rows: list[dict[str, Measurement]]) -> Change:
+def _change(name: str, orbit: Orbit, base: Measurement, rows: list[dict[str, Measurement]], *, mixed: bool) -> Change:
+    """What became of a measure; `mixed` where what is declared does not hold, because some parameters are frozen."""
     values = [row[name] for row in rows if name in row]
-    return judge(name, orbit.kind, MEASURES[name].invariance(orbit.kind), base, values)
+    declared = MEASURES[name].invariance(orbit.kind)
+    if mixed and declared in ("invariant", "almost") and not _is_of_function(name):
+        declared = "unknown"
+    return judge(name, orbit.kind, declared, base, values)
+
+
+def _is_of_function(name: str) -> bool:
+    """Whether a measure looks at outputs and features only, whichever parameters are frozen."""
+    every = FUNCTION_PRESERVING - NEARLY - {"dead-unit", "softmax-shift"}
+    return every <= MEASURES[name].invariant_under

@@ -159,12 +159,17 @@ class Krylov:
         self.asymmetry = max(self.asymmetry, float(deviation.norm()))
         rounding = self._rounding
         if self.asymmetry > math.sqrt(rounding) * self.scale:
+            double = self.operator.dtype == torch.float64
             raise AsymmetryError(
                 f"the products are not those of a symmetric matrix: u'Av and v'Au differ by {self.asymmetry:.3g}, the "
                 f"matrix is of the order {self.scale:.3g}, and rounding explains {rounding * self.scale:.1g}. Either the "
                 "function changes between products (data in another order, dropout, batch statistics), or a derivative of "
-                "one of its operations is wrong, or this precision is too coarse for so small a loss: try "
-                "Objective.to_dtype(torch.float64)"
+                "one of its operations is wrong, or "
+                + (
+                    "the loss is so small that rounding is all that double precision leaves of its second derivatives"
+                    if double
+                    else "this precision is too coarse for so small a loss: try Objective.to_dtype(torch.float64)"
+                )
             )
 
     def residuals(self, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:

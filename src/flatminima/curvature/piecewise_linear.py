@@ -12,18 +12,19 @@ That is one backward pass for each of the at most *K* factors, and no sampling e
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from flatminima.batches import ObjectiveError, cast
+from flatminima.batches import ObjectiveError, Piece, cast
 from flatminima.curvature.affine_in_weights import why_not_affine
 from flatminima.curvature.diagonal import DiagonalResult
 from flatminima.curvature.output_curvature import CoupledRowsError
 from flatminima.curvature.per_sample import RowLayoutError
 from flatminima.curvature.row_squares import Sums, sums
 from flatminima.curvature.trace import TraceResult
-from flatminima.objective import Objective
+from flatminima.objective import LossFn, Objective
 
 _PROOF_ROWS = 8
 _PROOF_COORDINATES = 24
@@ -149,8 +150,9 @@ def _outputs(objective: Objective) -> int:
 
 
 def _rounding(objective: Objective) -> float:
-    # Activations and slopes carry the error of a product through the layers; their squares twice that.
-    return max(8 * float(torch.finfo(objective.dtype).eps), 2 * objective.rounding)
+    # Activations and slopes carry the error of a product through the layers; their squares twice that. What products lose near
+    # a loss of zero is not lost here: the curvature of the softmax is in closed form.
+    return max(8 * float(torch.finfo(objective.dtype).eps), 2 * objective.pass_rounding)
 
 
 def _common(objective: Objective, found: Sums) -> dict[str, Any]:
@@ -192,6 +194,9 @@ def exact_sums(objective: Objective, *, diagonal: bool = True, prove: bool = Tru
 def _prove(objective: Objective) -> None:
     """Compare a few diagonal entries with Hessian products, in double precision on a few rows.
 
+    Large outputs are divided by their size: near a loss of zero the products are nothing but rounding, and whether the outputs
+    are affine in each weight has nothing to do with how the loss curves there.
+
     Raises:
         NotAffineError: they differ.
     """
@@ -200,9 +205,10 @@ def _prove(objective: Objective) -> None:
     chosen = set(objective.parameter_names)
     for dtype in (torch.float64, objective.dtype):
         twin = objective.to_dtype(dtype)
+        loss_fn = _tempered(twin, index, few)
         small = Objective(
             twin.model,
-            twin.loss_fn,
+            loss_fn,
             [(cast(few.inputs, dtype), cast(few.targets, dtype))],
             parameters=lambda name, _: name in chosen,
             mode=objective.mode,
@@ -231,6 +237,16 @@ def _prove(objective: Objective) -> None:
             f"{float(found[worst]):.6g}, that of the Gauss-Newton matrix {float(expected[where[worst]]):.6g}; estimate it with "
             "diagonal(...) or trace(...)"
         )
+
+
+def _tempered(objective: Objective, index: int, piece: Piece) -> LossFn | None:
+    """The loss of the outputs divided by their largest size, where that is above 1."""
+    loss_fn, cut = objective.loss_fn, objective._in_dtype(piece, objective.dtype)
+    with torch.no_grad():
+        largest = float(objective._forward.logits(index, cut, objective._values(None)).abs().max())
+    if loss_fn is None or not 1 < largest < math.inf:
+        return loss_fn
+    return lambda output, target: loss_fn(output / largest, target)
 
 
 def _coordinates(objective: Objective, diagonal: torch.Tensor) -> list[int]:

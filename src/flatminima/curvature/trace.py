@@ -176,7 +176,7 @@ def _hutchinson(work: Work, part: Complement, method: Method, seed: int) -> Trac
         seen = pilot.scatter(op)
         value = part.trace + (math.fsum(chain.diagonal) if chain else 0.0) + seen.value
         goal = max(work.rtol * abs(value), finest)
-        return seen.variance / goal**2 if goal else 0.0
+        return _probes(seen.variance, goal) if goal else 0.0
 
     known = part.rank
     if method == "hutch++":
@@ -197,7 +197,7 @@ def _hutchinson(work: Work, part: Complement, method: Method, seed: int) -> Trac
         floor = op.rounding * math.hypot(scale, value)
         if error <= math.sqrt(max(goal**2 - floor**2, 0.0)) or error <= floor / 2 or work.left < 1:
             break
-        planned = math.ceil(variance / goal**2) if goal > error / 1e6 else math.inf
+        planned = math.ceil(_probes(variance, goal)) if goal > error / 1e6 else math.inf
         more = max(1, planned - scatter.count)
         if op.n <= min(more, work.left):
             return _exact(work, seed)
@@ -207,6 +207,12 @@ def _hutchinson(work: Work, part: Complement, method: Method, seed: int) -> Trac
         work, value, error, scatter.freedom, math.hypot(scale, value), name, seed, part=part,
         samples=[part.trace + x for x in scatter.samples],
     )  # fmt: skip
+
+
+def _probes(variance: float, goal: float) -> float:
+    """Probes that reach a standard error; the square of a tiny goal would be zero."""
+    ratio = math.sqrt(variance) / goal
+    return ratio * ratio
 
 
 def _probe(work: Work, part: Complement, scatter: Scatter, count: int, stream: torch.Generator) -> None:
@@ -257,7 +263,11 @@ def _result(
     if not converged and rounding >= total / 2:
         notes.append(
             f"rtol={number(work.rtol)} is out of reach: the rounding of the products alone is {number(rounding)}; "
-            "use products of higher precision"
+            + (
+                "the second derivatives of so small a loss are lost to it"
+                if work.op.dtype == torch.float64
+                else "use products of higher precision"
+            )
         )
     elif not converged:
         notes.append(

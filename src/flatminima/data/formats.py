@@ -111,7 +111,7 @@ class ParquetImages:
 
 
 def read_parquet(path: Path, size: tuple[int, int]) -> ParquetImages:
-    """Read columns `image` (one encoded image file per cell), `label` and, if present, `split`.
+    """Read columns `image` (one encoded image file per cell), `label` and, if present, `split` and `file_name`.
 
     Class names come from the schema metadata `class_names` (JSON). Images stay encoded until their pixels are asked
     for, at about 0.1 ms each for 32x32 JPEG.
@@ -123,7 +123,7 @@ def read_parquet(path: Path, size: tuple[int, int]) -> ParquetImages:
     metadata = parquet.schema_arrow.metadata or {}
     if not {"image", "label"} <= names or b"class_names" not in metadata:
         raise DataError(f"{path} has columns {sorted(names)}: expected image and label, and metadata class_names")
-    table = parquet.read(columns=["image", "label", *(["split"] if "split" in names else [])])
+    table = parquet.read(columns=["image", "label", *(name for name in ("split", "file_name") if name in names)])
     encoded: list[bytes] = table["image"].to_pylist()
 
     def pixels(rows: IntArray) -> PixelArray:
@@ -134,7 +134,12 @@ def read_parquet(path: Path, size: tuple[int, int]) -> ParquetImages:
             opened(content, f"{path}, row {row}")
 
     return ParquetImages(
-        LabelledImages(np.asarray(table["label"].to_pylist(), dtype=np.int64), pixels, check),
+        LabelledImages(
+            np.asarray(table["label"].to_pylist(), dtype=np.int64),
+            pixels,
+            check,
+            table["file_name"].to_pylist() if "file_name" in names else None,
+        ),
         tuple(table["split"].to_pylist()) if "split" in names else None,
         tuple(json.loads(metadata[b"class_names"])),
     )
@@ -148,7 +153,8 @@ def image_folder(folder: Path, classes: Sequence[str], size: tuple[int, int]) ->
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if found != sorted(classes):
         raise DataError(f"{folder} has class folders {found}: expected {sorted(classes)}")
-    files, labels = [], []
+    files: list[Path] = []
+    labels: list[int] = []
     for label, name in enumerate(classes):
         images = sorted(
             file
@@ -159,6 +165,13 @@ def image_folder(folder: Path, classes: Sequence[str], size: tuple[int, int]) ->
             raise DataError(f"empty data set: {folder / name} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         files += images
         labels += [label] * len(images)
+    return picture_files(files, labels, [f"{file.parent.name}/{file.name}" for file in files], size)
+
+
+def picture_files(
+    files: Sequence[Path], labels: Sequence[int], names: Sequence[str], size: tuple[int, int]
+) -> LabelledImages:
+    """Images in files that exist, one label and one name each. Another size is resized (Lanczos)."""
 
     def pixels(rows: IntArray) -> PixelArray:
         return _stack([decode(files[row].read_bytes(), size, str(files[row])) for row in rows], size)
@@ -167,7 +180,7 @@ def image_folder(folder: Path, classes: Sequence[str], size: tuple[int, int]) ->
         for file in files:
             opened(file.read_bytes(), str(file))
 
-    return LabelledImages(np.asarray(labels, dtype=np.int64), pixels, check)
+    return LabelledImages(np.asarray(labels, dtype=np.int64), pixels, check, names)
 
 
 def opened(content: bytes, source: str) -> None:

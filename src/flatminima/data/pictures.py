@@ -58,9 +58,9 @@ class Scaling:
 class Augmentation:
     """DomainBed's: random resized crop, horizontal flip, colour jitter, now and then grey.
 
-    Pictures are float ``(n, 3, H, W)`` in [0, 1] and keep their size. Each draws its own crop (area 70 to 100 % of the picture,
-    side ratio 3:4 to 4:3, bilinear), flip (one in two), jitter (brightness, contrast, saturation by a factor within
-    1 +- 0.3, hue by a turn within +- 0.3, in random order) and loss of colour (one in ten).
+    Pictures are float ``(n, 3, H, W)`` in [0, 1] and keep their size, unless ``out`` names another. Each draws its own crop
+    (area 70 to 100 % of the picture, side ratio 3:4 to 4:3, bilinear), flip (one in two), jitter (brightness, contrast,
+    saturation by a factor within 1 +- 0.3, hue by a turn within +- 0.3, in random order) and loss of colour (one in ten).
 
     Source: Gulrajani and Lopez-Paz, "In Search of Lost Domain Generalization", ICLR 2021, appendix B; the sampling of the
     crop is torchvision's.
@@ -77,6 +77,7 @@ class Augmentation:
     flip: float = 0.5
     jitter: float = 0.3
     grey: float = 0.1
+    out: int | None = None
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """A new batch; ``generator`` is on the CPU, whatever the device of ``x``."""
@@ -90,8 +91,8 @@ class Augmentation:
         factors = [uniform(1 - self.jitter, 1 + self.jitter) for _ in range(3)] + [uniform(-self.jitter, self.jitter)]
         order = torch.rand(n, 4, generator=generator).argsort(1)
         greys = torch.rand(n, generator=generator) < self.grey
-        x = crop(x, boxes, flips)
-        for place in range(4):
+        x = crop(x, boxes, flips, self.out)
+        for place in range(4) if self.jitter else ():
             for kind, adjust in enumerate((brightness, contrast, saturation, hue)):
                 chosen = (order[:, place] == kind).nonzero()[:, 0].to(x.device)
                 if len(chosen):
@@ -119,15 +120,53 @@ class Augmentation:
         return torch.stack([top, left, h, w], 1)
 
 
-def crop(x: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
-    """The boxes ``(n, 4)`` (top, left, height, width in pixels) of each picture, resized to its size; mirrored where told."""
-    n, _, height, width = x.shape
+@dataclass(frozen=True)
+class ShiftAndFlip:
+    """The usual augmentation of CIFAR: pad with zeros, cut out a window of the old size, mirror one picture in two.
+
+    Args:
+        pad: pixels on every side.
+
+    Example:
+        >>> x = torch.arange(1.0, 5.0).view(1, 1, 2, 2)
+        >>> ShiftAndFlip(pad=0)(x, torch.Generator().manual_seed(0)).shape == x.shape
+        True
+    """
+
+    pad: int = 4
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """A new batch; ``generator`` is on the CPU, whatever the device of ``x``."""
+        n, _, height, width = x.shape
+        shift = torch.randint(2 * self.pad + 1, (n, 2), generator=generator)
+        flip = torch.rand(n, generator=generator) < 0.5
+        rows = shift[:, :1] + torch.arange(height)
+        columns = shift[:, 1:] + torch.arange(width)
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+        padded = F.pad(x, [self.pad] * 4)
+        at = torch.arange(n)[:, None, None]
+        found: Tensor = padded.permute(0, 2, 3, 1)[at, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return found.contiguous()
+
+
+def centre(x: Tensor, size: int) -> Tensor:
+    """The middle ``size`` x ``size`` pixels of every picture."""
+    top, left = (x.shape[2] - size) // 2, (x.shape[3] - size) // 2
+    return x[:, :, top : top + size, left : left + size]
+
+
+def crop(x: Tensor, boxes: Tensor, flips: Tensor, out: int | None = None) -> Tensor:
+    """The boxes ``(n, 4)`` (top, left, height, width in pixels) of each picture, mirrored where told.
+
+    Resized to the picture's own size, or to ``out`` x ``out`` pixels.
+    """
+    n, channels, height, width = x.shape
     top, left, h, w = boxes.to(x).unbind(1)
     sign = 1.0 - 2.0 * flips.to(x)
     theta = torch.zeros(n, 2, 3, dtype=x.dtype, device=x.device)
     theta[:, 0, 0], theta[:, 1, 1] = sign * w / width, h / height
     theta[:, 0, 2], theta[:, 1, 2] = (2 * left + w) / width - 1, (2 * top + h) / height - 1
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    grid = F.affine_grid(theta, [n, channels, out or height, out or width], align_corners=False)
     # Nothing from beyond the box, as if it had been cut out first.
     low = torch.stack([(2 * left + 1) / width - 1, (2 * top + 1) / height - 1], 1).view(n, 1, 1, 2)
     high = torch.stack([(2 * (left + w) - 1) / width - 1, (2 * (top + h) - 1) / height - 1], 1).view(n, 1, 1, 2)

@@ -139,13 +139,9 @@ def _cifar(name: str) -> Source:
         return Source(name, archive.classes, archive.train, archive.test, archive.train.labels, note)
     parquet = read_parquet(path, (32, 32))
     split = np.asarray(parquet.split)
-    train, test = (_rows(parquet.images, np.flatnonzero(split == part)) for part in ("train", "test"))
+    train, test = (parquet.images.subset(np.flatnonzero(split == part)) for part in ("train", "test"))
     note = "JPEG-recompressed 32x32 RGB, so accuracies are slightly below those on lossless pixels; official test set."
     return Source(name, parquet.classes, train, test, train.labels, note)
-
-
-def _rows(images: LabelledImages, rows: IntArray) -> LabelledImages:
-    return LabelledImages(images.labels[rows], lambda chosen: images.pixels(rows[chosen]))
 
 
 def pacs(domains: Sequence[str] = tuple(PACS_DOMAINS)) -> Source:

@@ -50,12 +50,19 @@ class Splits:
 class LabelledImages:
     """Images whose labels are known before any pixel is decoded: `pixels(rows)` is uint8 `(len(rows), C, H, W)`.
 
-    `check()`, where there is one, opens every image without decoding it and names the first that is none.
+    `check()`, where there is one, opens every image without decoding it and names the first that is none. `names`, where
+    the files have names, is one per row.
     """
 
     labels: IntArray
     pixels: Callable[[IntArray], PixelArray]
     check: Callable[[], None] | None = None
+    names: Sequence[str] | None = None
+
+    def subset(self, rows: IntArray) -> LabelledImages:
+        """The given rows, in that order; nothing is decoded."""
+        names = None if self.names is None else [self.names[row] for row in rows]
+        return LabelledImages(self.labels[rows], lambda chosen: self.pixels(rows[chosen]), self.check, names)
 
 
 def validate(x: Tensor, y: Tensor, classes: int | Sequence[str], *, split: str = "data") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flatminima.curvature.piecewise_linear import exact_diagonal, why_not
+from flatminima.curvature.piecewise_linear import exact_diagonal, trace_if_exact, why_not
 from flatminima.curvature.trace import trace as hessian_trace
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.invariance import (
@@ -52,9 +52,15 @@ def trace(bench: Workbench) -> Measurement:
     probe.
     """
     options = bench.options
-    found = hessian_trace(
-        bench.objective, rtol=options.rtol, max_products=options.max_probes, deflate=bench.eigen, seed=bench.seed + 1
-    )
+    found = trace_if_exact(bench.objective)  # before eigenpairs are sought that it does not need
+    if found is None:
+        found = hessian_trace(
+            bench.objective,
+            rtol=options.rtol,
+            max_products=options.max_probes,
+            deflate=bench.eigen,
+            seed=bench.seed + 1,
+        )
     exact = found.method == "exact"
     kind, note = ("rounding", "exact") if exact else ("standard error", "")
     return Measurement("trace", found.value, found.error, kind, found.converged, note=note)
@@ -104,7 +110,8 @@ def w_hessian_w(bench: Workbench) -> Measurement:
 def quadratic_form(name: str, objective: Objective, image: Tensor) -> Measurement:
     """``w'(Aw)`` of a double-precision objective, with the rounding of the product."""
     w = objective.point()
-    error = torch.finfo(torch.float64).eps * objective.n**0.5 * float(w.norm() * image.norm())
+    largest = float(image.abs().max()) or 1.0  # the squares of a tiny product would be zero
+    error = objective.rounding * objective.n**0.5 * largest * float(w.norm() * (image / largest).norm())
     return Measurement(name, float(w @ image), error, "rounding", True)
 
 
@@ -167,7 +174,7 @@ def exact_diagonal_of(bench: Workbench) -> Tensor:
 
 def exact_rounding(bench: Workbench) -> float:
     """Relative rounding of the exact diagonal."""
-    return 16 * max(torch.finfo(torch.float64).eps, bench.precise.rounding)
+    return 16 * max(torch.finfo(torch.float64).eps, bench.precise.pass_rounding)
 
 
 class Relative(OfObjective):

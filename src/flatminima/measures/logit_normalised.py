@@ -11,15 +11,17 @@ from torch import Tensor
 from flatminima.measures import scales
 from flatminima.measures.base import Measurement, NotApplicableError, Workbench, register
 from flatminima.measures.invariance import CHANGES_DISTANCES, CHANGES_RATIOS, KEEPS_DISTANCES, KEEPS_RATIOS, NEARLY
+from flatminima.measures.log_probabilities import logit_loss
 from flatminima.measures.outputs import class_axis, few_rows
 from flatminima.measures.sharpness import Ball, average, worst
-from flatminima.objective import LossFn, NonFiniteLossError, Objective
+from flatminima.objective import NonFiniteLossError, Objective
 
 
 def why_not_normalised(objective: Objective) -> str | None:
     """Why logits cannot be normalised, or ``None``."""
     try:
         class_axis(*few_rows(objective))
+        logit_loss(objective)
     except NotApplicableError as error:
         return str(error)
     return None
@@ -28,8 +30,10 @@ def why_not_normalised(objective: Objective) -> str | None:
 def logit_normalised(objective: Objective) -> Objective:
     r"""The objective with logits :math:`f / \sqrt{\frac1K \sum_k (f_k - \bar f)^2}`, row by row (position by position).
 
-    Rows whose logits are all equal have no spread, and are refused. Source: Andriushchenko et al., "A Modern Look at
-    the Relationship between Sharpness and Generalization" (2023), section 3.
+    Log-probabilities are logits too, up to a constant that leaves their spread alone: a model that ends in a log-softmax, for
+    the negative log-likelihood, has the numbers of its logits with cross entropy. Rows whose logits are all equal have no
+    spread, and are refused. Source: Andriushchenko et al., "A Modern Look at the Relationship between Sharpness and
+    Generalization" (2023), section 3.
 
     Raises:
         NotApplicableError: there are no logits, or a row without spread.
@@ -44,8 +48,7 @@ def logit_normalised(objective: Objective) -> Objective:
         True
     """
     axis = class_axis(*few_rows(objective))
-    loss_fn: LossFn | None = objective.loss_fn
-    assert loss_fn is not None
+    loss_fn = logit_loss(objective)
 
     def normalised_loss(output: Tensor, target: Tensor) -> Tensor:
         spread = output.std(dim=axis, correction=0, keepdim=True)

@@ -61,7 +61,7 @@ class SpectralProduct:
     Attributes:
         value: the product.
         factors: layer -> its factor.
-        left_out: parameters that belong to no layer of a known kind, biases aside.
+        left_out: parameters of the model that belong to no layer of a known kind, biases aside.
         relative_error: of the value.
     """
 
@@ -91,7 +91,8 @@ def spectral_product_of(objective: Objective) -> SpectralProduct:
     convolutions by their kernel as a matrix ``(out, in * positions)``. The gain of a normalisation layer is the diagonal
     matrix that it is: its factor is the largest absolute gain, divided by the running standard deviation for batch norm in
     evaluation mode. So a network of linear layers, batch norm and ReLU is Lipschitz with this constant, up to the overlap of
-    convolution kernels, and rescaling a layer does not change it. Source: Neyshabur, Bhojanapalli and Srebro (2018).
+    convolution kernels, and rescaling a layer does not change it. The bound is the function's, so that layers count which are
+    frozen or not selected: a rescaling moves scale into them too. Source: Neyshabur, Bhojanapalli and Srebro (2018).
 
     Raises:
         NotApplicableError: no such layer.
@@ -110,19 +111,18 @@ def spectral_product_of(objective: Objective) -> SpectralProduct:
     if not matrices:
         raise NotApplicableError(str(why_no_matrices(objective)))
     counted = {parameter for _, parameter, _ in matrices}
-    left_out = tuple(n for n, p in objective.split(objective.point()).items() if p.dim() >= 2 and n not in counted)
+    left_out = tuple(n for n, p in objective.model.named_parameters() if p.dim() >= 2 and n not in counted)
     norms = {name: _spectral_norm(matrix) for name, _, matrix in matrices} | dict(_gains(objective))
     return SpectralProduct(math.prod(norms.values()), norms, left_out)
 
 
 def _matrices(objective: Objective) -> Iterator[tuple[str, str, Tensor]]:
-    """Factor, parameter and matrix of every weight that multiplies and is selected."""
-    selected = set(objective.parameter_names)
+    """Factor, parameter and matrix of every weight that multiplies, frozen or not."""
     for name, module in objective.model.named_modules():
         held = {local: p.detach() for local, p in module.named_parameters(recurse=False)}
         for local, weight in held.items():
             parameter = f"{name}.{local}".lstrip(".")
-            if parameter not in selected or weight.dim() < 2 or _is_norm(module):
+            if weight.dim() < 2 or _is_norm(module):
                 continue
             if isinstance(module, nn.MultiheadAttention) and local == "in_proj_weight":
                 for part, matrix in zip("qkv", weight.chunk(3), strict=True):
@@ -132,9 +132,8 @@ def _matrices(objective: Objective) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _gains(objective: Objective) -> Iterator[tuple[str, float]]:
-    selected = set(objective.parameter_names)
     for name, module in objective.model.named_modules():
-        if _is_norm(module) and f"{name}.weight".lstrip(".") in selected:
+        if _is_norm(module):
             gain = module.weight.detach().double().abs()
             if getattr(module, "running_var", None) is not None and objective.mode == "eval":
                 gain = gain / (module.running_var.double() + module.eps).sqrt()
@@ -143,7 +142,7 @@ def _gains(objective: Objective) -> Iterator[tuple[str, float]]:
 
 def _is_norm(module: nn.Module) -> bool:
     """Whether the layer normalises and then multiplies by a gain."""
-    return hasattr(module, "weight") and "norm" in type(module).__name__.lower()
+    return isinstance(getattr(module, "weight", None), Tensor) and "norm" in type(module).__name__.lower()
 
 
 def _spectral_norm(matrix: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 from flatminima.models.convnet import convnet
 from flatminima.models.group_norm import mnist_cnn, resnet_gn
 from flatminima.models.mlp import mlp
-from flatminima.models.resnet import resnet18
+from flatminima.models.resnet import resnet18, resnet20
 from flatminima.models.vit import vit
 from flatminima.names import unknown
 
@@ -22,7 +22,8 @@ _BUILDERS: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "mlp": (mlp, "multilayer perceptron with ReLU; option hidden"),
     "convnet": (convnet, "small convolutional network with ReLU; options channels, hidden, norm (none or batch)"),
     "convnet-bn": (functools.partial(convnet, norm="batch"), "the same with BatchNorm; options channels, hidden, norm"),
-    "resnet18": (resnet18, "ResNet-18 with the stem for 32x32 pictures, BatchNorm; option width"),
+    "resnet18": (resnet18, "ResNet-18, BatchNorm; options width, stem (small, for 32x32 pictures, or imagenet)"),
+    "resnet20": (resnet20, "ResNet-20 for 32x32 pictures, BatchNorm; options width, blocks (1: ResNet-8)"),
     "mnist-cnn": (mnist_cnn, "DomainBed's network for MNIST, GroupNorm; option width"),
     "resnet-gn": (resnet_gn, "residual network of three blocks, GroupNorm; options width, stem_stride"),
     "vit": (vit, "tiny vision transformer, LayerNorm and GELU; options patch, dim, depth, heads, mlp_ratio"),

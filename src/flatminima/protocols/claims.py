@@ -98,5 +98,15 @@ def finite(value: Any) -> Any:
     return value
 
 
+def signed(value: float, digits: str = ".2f") -> str:
+    """A number with its sign, a minus being a minus.
+
+    Example:
+        >>> signed(-0.314), signed(0.2)
+        ('−0.31', '+0.20')
+    """
+    return f"{value:+{digits}}".replace("-", "−")
+
+
 def _shown(value: Any) -> str:
     return "missing" if value is None else f"{value:.9g}" if isinstance(value, float) else str(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flatminima.protocols.claims import PAPER, Claim
+from flatminima.protocols.claims import PAPER, Claim, signed
 from flatminima.protocols.domains_settings import NO_WEIGHTS, DomainSettings
 from flatminima.protocols.domains_table import FALLING, FLATNESS_ORDER, FLATNESS_PAIRS, METHODS, Results
 
@@ -102,16 +102,6 @@ def difference_in_words(row: Row) -> str:
         return f"{effect}; one target says nothing about others"
     word = "more accurate" if low > 0 else "less accurate" if high < 0 else "no difference detected"
     return f"{effect} [{signed(low)}, {signed(high)}], {word}"
-
-
-def signed(value: float, digits: str = ".2f") -> str:
-    """A number with its sign, a minus being a minus.
-
-    Example:
-        >>> signed(-0.314), signed(0.2)
-        ('−0.31', '+0.20')
-    """
-    return f"{value:+{digits}}".replace("-", "−")
 
 
 def answer(compared: Sequence[Row]) -> str:

@@ -12,6 +12,7 @@ from flatminima.report.numbers import as_finite, factor, plain, with_error
 from flatminima.report.panels import Panel, axis, colour, drawn, log_axis, log_range, marker, safe, spread, wrapped
 
 Results = Mapping[str, Any]
+_AXIS = 26  # characters of an axis title that a telephone has room for beside the names of the measures
 _INVARIANT, _COORDINATES = 3, 5  # colours of the style sheet
 
 
@@ -41,7 +42,7 @@ def orbits(audit: Results) -> list[Panel]:
     if len(ends) == 1:
         return []
     low, high = log_range([*ends, 0.8, 1.25])
-    x = axis("value at a member / value at the network", **log_axis(low, high))
+    x = axis(wrapped("value at a member / value at the network", _AXIS), **log_axis(low, high))
     ticks = {"tickmode": "array", "tickvals": list(range(len(names)))}
     ticks["ticktext"] = [wrapped(audit["measures"][name]["label"], 22) for name in names]
     y = axis("", **ticks, range=[len(names) - 0.4, -0.6], ticks="", zeroline=False)
@@ -162,8 +163,8 @@ def differences(comparison: Results) -> list[Panel]:
     low, high = spread([max(-2.2, min(2.2, end)) for end in ends], 0.08)
     ticks = {"tickmode": "array", "tickvals": list(range(len(rows)))}
     ticks["ticktext"] = [wrapped(d["label"], 22) for d in rows]
-    a, b = (safe(name) for name in comparison["names"])
-    x = axis(f"({b} − {a}) / mean of the two", range=[low, high])
+    a, b = comparison["names"]
+    x = axis(wrapped(f"({b} − {a}) / mean of the two", _AXIS), range=[low, high])
     y = axis("", **ticks, range=[len(rows) - 0.5, -0.5], ticks="")
     line = {
         "type": "line",

@@ -10,8 +10,11 @@ from rich.console import RenderableType
 from flatminima.report.numbers import MISSING, as_finite, difference, integer, plain, with_error
 from flatminima.report.tables import Cell, Column, Table
 from flatminima.report.terminal import rendered
+from flatminima.report.verdicts_table import verdicts_table
 
 Results = Mapping[str, Any]
+
+claims_table = verdicts_table  # pages look tables up here by name
 
 
 def label(results: Results, method: str) -> str:
@@ -144,22 +147,6 @@ def pooled_table(results: Results) -> Table:
         Column("Difference", "points, mean of the data sets"), Column("p", "sign-flip, exact"),
     )  # fmt: skip
     return Table("pooled", "Over several data sets", columns, tuple(rows))
-
-
-def claims_table(results: Results) -> Table:
-    """What the paper says, what these runs say, and the verdict."""
-    rows = []
-    for claim in results["claims"]:
-        measured = "; ".join(f"{name}: {_value(value)}" for name, value in claim["measured"].items())
-        given = "; ".join(f"{name} {_value(value)}" for name, value in claim["parameters"].items())
-        tone = "good" if claim["reproduced"] else "bad"
-        rows.append((Cell(claim["statement"], given), Cell(measured), Cell(claim["verdict"], tone=tone)))
-    columns = (Column("The paper", "", False), Column("These runs", "", False), Column("Verdict", "", False))
-    return Table("claims", "Claims", columns, tuple(rows))
-
-
-def _value(value: Any) -> str:
-    return plain(value, 3) if isinstance(value, float) else str(value)
 
 
 def valley_table(results: Results) -> Table:

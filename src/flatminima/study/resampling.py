@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flatminima.study.statistics import LEVEL
+from flatminima.study.statistics import LEVEL, interval
 
 EXACT = 20  # differences up to which all sign patterns are visited: a million
 
@@ -123,3 +123,41 @@ def two_way_bootstrap(
     tail = (1 - level) / 2
     low, high = np.nanquantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def nested_interval(cells: NDArray[np.float64]) -> dict[str, float | int | None]:
+    r"""Mean and 95 % interval of cells in which columns are nested in rows: draws of shots within base networks, say.
+
+    .. math:: \bar x = \frac{1}{n} \sum_i \bar x_i \pm t_{n-1, 0.975}\, s_{\bar x_i} / \sqrt n
+
+    over the row means. Their scatter holds both variances, :math:`\sigma_{rows}^2 + \sigma_{draws}^2 / D`, so this is the
+    interval for new rows with new draws. Pooling all cells as if they were independent is too narrow, and an interval over
+    the draws of one row says nothing about another row.
+
+    Args:
+        cells: ``(rows, draws)``; NaN marks a cell that does not exist.
+
+    Returns:
+        ``mean``, ``low`` and ``high`` (``None`` for fewer than two rows), ``n`` rows, ``cells`` in all, and the components:
+        ``sd_draws`` within rows, and ``sd_rows``, what remains of the scatter of row means without it (0 at least).
+
+    Source: Searle, Casella and McCulloch, "Variance Components", 1992, section 3.
+
+    Example:
+        >>> found = nested_interval(np.array([[1.0, 3.0], [4.0, 6.0], [7.0, 9.0]]))
+        >>> found["mean"], round(found["low"], 2), round(found["high"], 2), round(found["sd_draws"], 3)
+        (5.0, -2.45, 12.45, 1.414)
+    """
+    rows = [row[np.isfinite(row)] for row in np.asarray(cells, dtype=np.float64)]
+    rows = [row for row in rows if len(row)]
+    found = interval([float(row.mean()) for row in rows])
+    freedom = sum(len(row) - 1 for row in rows)
+    within = sum(float(((row - row.mean()) ** 2).sum()) for row in rows) / freedom if freedom else None
+    between = None
+    if found["sd"] is not None:
+        share = 0.0 if within is None else within * sum(1 / len(row) for row in rows) / len(rows)
+        between = math.sqrt(max(float(found["sd"]) ** 2 - share, 0.0))
+    return {
+        "mean": found["mean"], "low": found["low"], "high": found["high"], "n": len(rows), "cells": sum(map(len, rows)),
+        "sd_rows": between, "sd_draws": None if within is None else math.sqrt(within),
+    }  # fmt: skip

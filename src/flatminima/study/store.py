@@ -149,9 +149,10 @@ def _is_partial_marker(path: Path) -> bool:
     return path.name.startswith(f".{_MARKER}.")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any], *, indent: int | None = 1) -> None:
     """Write a JSON file that is whole or absent at every moment; NaN and infinity are refused by ``json``."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    separators = (",", ":") if indent is None else None
+    write_text(path, json.dumps(content, indent=indent, separators=separators, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flatminima.batches import count_rows, cut_rows
+from flatminima.batches import count_rows, cut_rows, moved
 from flatminima.names import nearest_first
 from flatminima.objective import batches
+from flatminima.study.user_code import in_a_line, user_line
 
 _EXAMPLE = (
     "def build(): return model, loss_fn, (x, y), or these and unlabelled probes; loss_fn may be None where the model computes "
@@ -49,7 +50,8 @@ def load_target(reference: str, device: torch.device | str = "cpu") -> Target:
     targets. The file runs as if it were imported from its own folder.
 
     Raises:
-        TargetError: not of that form, no such file or function, another return value, NaN in the inputs, or labels that a
+        TargetError: not of that form, no such file or function, an exception in the file or the function (its line is given),
+            another return value, NaN in the inputs, inputs or probes that the model does not take, or labels that a
             cross-entropy cannot take (batch and row are given).
     """
     path_text, colon, name = reference.rpartition(":")
@@ -66,13 +68,17 @@ def load_target(reference: str, device: torch.device | str = "cpu") -> Target:
         )
     try:
         built = function()
-    except ValueError as error:  # not one of ours: the user needs the traceback into their own code
-        raise RuntimeError(f"{reference} raised {type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise TargetError(f"{reference} failed at {user_line(error) or path}: {in_a_line(error)}") from error
     fits = isinstance(built, tuple) and len(built) in (3, 4) and isinstance(built[0], nn.Module)
     if not (fits and (built[1] is None or callable(built[1]))):
         kinds = ", ".join(type(v).__name__ for v in built) if isinstance(built, tuple) else type(built).__name__
         raise TargetError(f"{reference} returned ({kinds}); expected a module, a loss function and data: {_EXAMPLE}")
-    return Target(built[0].to(device), built[1], _checked(built[0], built[1], batches(built[2])), *built[3:])
+    model = built[0].to(device)
+    pairs = _checked(model, built[1], batches(built[2]))
+    if len(built) == 4 and isinstance(built[3], Tensor | tuple | Mapping):
+        _tried(model, built[3], "the probes")
+    return Target(model, built[1], pairs, *built[3:])
 
 
 def first_rows(data: list[tuple[Any, Any]], rows: int) -> list[tuple[Any, Any]]:
@@ -107,26 +113,33 @@ def first_rows(data: list[tuple[Any, Any]], rows: int) -> list[tuple[Any, Any]]:
 def _checked(model: nn.Module, loss_fn: Any, pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     """Refuse, by batch and row, what would only show as a NaN or as an index error of the loss."""
     classifies = loss_fn in (F.cross_entropy, F.nll_loss) or isinstance(loss_fn, nn.CrossEntropyLoss | nn.NLLLoss)
-    ignored = getattr(loss_fn, "ignore_index", -100)
+    own_classes = _own_classes(model) if loss_fn is None else None
     for number, (x, y) in enumerate(pairs):
         for part in x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,):
             if isinstance(part, Tensor) and part.is_floating_point() and part.isnan().any():
                 raise TargetError(f"NaN in the inputs: batch {number}, row {int(part.isnan().nonzero()[0, 0])}")
-        classes = None
-        if isinstance(y, Tensor) and y.dtype == torch.int64:
-            if classifies and isinstance(x, Tensor) and y.dim() == 1:
-                classes = _classes(model, x[:1])
-            elif loss_fn is None:
-                classes = _own_classes(model)
-        if isinstance(y, Tensor) and classes is not None:
-            outside = (y != ignored) & ((y < 0) | (y >= classes))
-            if outside.any():
-                row = int(outside.nonzero()[0, 0])
-                raise TargetError(
-                    f"label out of range: batch {number}, row {row}: got {int(y[outside][0])}, "
-                    f"expected 0..{classes - 1} (the model's outputs)"
-                )
+        if own_classes is not None:  # such a model looks its labels up when it is tried
+            _refuse_labels(y, own_classes, -100, number)
+    widths: dict[Any, int | None] = {}
+    for number, (x, y) in enumerate(pairs):
+        form = _form(x)
+        if form not in widths:  # batches of one form are tried once
+            widths[form] = _tried(model, x, f"the inputs of batch {number}")
+        classes = widths[form]
+        if classes is not None and classifies and isinstance(x, Tensor) and isinstance(y, Tensor) and y.dim() == 1:
+            _refuse_labels(y, classes, getattr(loss_fn, "ignore_index", -100), number)
     return pairs
+
+
+def _refuse_labels(y: Any, classes: int, ignored: int, number: int) -> None:
+    if not (isinstance(y, Tensor) and y.dtype == torch.int64):
+        return
+    outside = (y != ignored) & ((y < 0) | (y >= classes))
+    if outside.any():
+        raise TargetError(
+            f"label out of range: batch {number}, row {int(outside.nonzero()[0, 0])}: got {int(y[outside][0])}, "
+            f"expected 0..{classes - 1} (the model's outputs)"
+        )
 
 
 def _own_classes(model: nn.Module) -> int | None:
@@ -143,15 +156,57 @@ def _own_classes(model: nn.Module) -> int | None:
     return None
 
 
-def _classes(model: nn.Module, x: Tensor) -> int:
-    """Width of the model's output."""
-    parameter = next(model.parameters(), x)
+def _form(x: Any) -> Any:
+    """Names, types and shapes of inputs, but for their rows."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.shape[1:]
+    if isinstance(x, Mapping):
+        return tuple((name, _form(part)) for name, part in x.items())
+    return tuple(map(_form, x)) if isinstance(x, tuple) else type(x)
+
+
+def _tried(model: nn.Module, x: Any, what: str) -> int | None:
+    """Width of the model's output on two rows, or on all where the model wants them together; ``None``: not one tensor.
+
+    Raises:
+        TargetError: the model fails on them; its line is given, if it is in a file of the user's.
+    """
+    parameter = next(model.parameters(), None)
+    x = x if parameter is None else moved(x, parameter.device)
+    rows = count_rows(x)
+    if not rows:
+        return None
     modes = [(module, module.training) for module in model.modules()]
-    with torch.no_grad():
-        width = model.eval()(x.to(parameter.device)).shape[-1]
-    for module, mode in modes:
-        module.training = mode
-    return int(width)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()
+            try:
+                output = _called(model, cut_rows(x, rows, slice(0, 2)))
+            except Exception:
+                output = _called(model, x)
+    except Exception as error:
+        where = user_line(error, called_by_us=True)
+        raise TargetError(
+            f"the model fails on {what}, {_shapes(x)}" + (f", at {where}" if where else "") + f": {in_a_line(error)}"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return int(output.shape[-1]) if isinstance(output, Tensor) and output.dim() else None
+
+
+def _called(model: nn.Module, x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple) else model(x)
+
+
+def _shapes(x: Any) -> str:
+    if isinstance(x, Mapping):
+        return ", ".join(f"{name} {_shapes(part)}" for name, part in x.items())
+    if isinstance(x, tuple):
+        return ", ".join(map(_shapes, x))
+    return f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"of type {type(x).__name__}"
 
 
 def _module(path: Path) -> Any:
@@ -167,6 +222,9 @@ def _module(path: Path) -> Any:
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[path.stem]
+        raise TargetError(f"{path} failed at {user_line(error) or path}: {in_a_line(error)}") from error
     except BaseException:
         del sys.modules[path.stem]
         raise

@@ -10,13 +10,31 @@ activations are taken for homogeneous (``group="suspect"``): its classes are the
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .base import APPROXIMATE
 from .classes import FIXED, ZERO, compact, unique
-from .ops import DEGREES, EVEN, HOMOGENEOUS, LINEAR, NEARLY, ODD, POOLS, axes, number
+from .ops import (
+    COMPARE,
+    DEGREES,
+    ELEMENTWISE,
+    EVEN,
+    HOMOGENEOUS,
+    INHOMOGENEOUS,
+    LINEAR,
+    NEARLY,
+    ODD,
+    ORDERED,
+    POOLS,
+    PRODUCTS,
+    SCALE_FREE,
+    SUMS,
+    axes,
+    number,
+)
 from .parameters import Parameters
 from .propagation import Handler, Propagation, as_batch, first_along, squeezed
 from .records import Average, Contraction, NormUse, Product
@@ -38,7 +56,7 @@ class Flow(Propagation):
         own: dict[str, Handler] = {
             "pow": self._power, "clamp": self._clamp, "clamp_min": self._clamp, "threshold": self._clamp,
         }  # fmt: skip
-        return super()._table() | own
+        return super()._table() | own | dict.fromkeys(ORDERED, self._ordered)
 
     def _step(self, call: Call) -> None:
         free = [value for value in call.inputs if self.is_free(value)]
@@ -46,9 +64,42 @@ class Flow(Propagation):
             self._suspect(call, free)
         else:
             super()._step(call)
+        for value in call.out:
+            if self.is_free(value) and not _is_continuous(value):
+                if (
+                    value.tensor.dtype != torch.bool
+                ):  # an integer part does not grow with the number; whether it is 0 stays
+                    self._stop(call, [value])
+                self._labels.pop(id(value), None)
+                self._numbers.pop(id(value), None)
 
     def _why(self, call: Call) -> str:
         return f"its units reach {self.tape.describe(call)}, which is not positively homogeneous unit by unit"
+
+    def _stop(self, call: Call, values: list[Value], why: str | None = None) -> None:
+        if why is None and not self._lets_nothing_through(call):
+            why = f"its units reach {self.tape.describe(call)}, through which no scale is followed"
+            units = [self._labels[id(value)] for value in values if id(value) in self._labels]
+            if any(bool((self.classes.roots(labels)[0] > FIXED).any()) for labels in units):
+                self.unfollowed.append(call)
+        super()._stop(call, values, why)
+
+    def _lets_nothing_through(self, call: Call) -> bool:
+        """Whether it is certain that no scale passes an operation, so that none is missed where it is stopped."""
+        numbers = [argument for argument in call.args if isinstance(argument, int | float)]
+        if call.op in INHOMOGENEOUS or not all(_is_continuous(value) for value in call.out):
+            return call.op not in COMPARE or bool(numbers)
+        if call.op in PRODUCTS:
+            return bool(call.kwargs.get("rounding_mode"))
+        if call.op == "pow":
+            return not isinstance(call.args[0], Value)
+        if call.op in SUMS:
+            return bool(numbers) and not _is_small(numbers[0], call.inputs[0])
+        if call.op in ("clamp", "clamp_min", "clamp_max"):
+            low, high = number(call, 1, "min"), number(call, 2, "max")
+            limits = [high] if call.op == "clamp_max" else [limit for limit in (low, high) if limit is not None]
+            return not any(_is_small(limit, call.inputs[0]) for limit in limits)
+        return call.op == "masked_fill" and bool(numbers)
 
     # ----- elementwise ------------------------------------------------------------------------------------------------
 
@@ -58,7 +109,10 @@ class Flow(Propagation):
             return False
         if any(id(other) in self._labels for other in call.inputs[1:]):
             return False
-        labels, op = self.labels(value), call.op
+        op = call.op
+        if op not in ELEMENTWISE | SCALE_FREE:
+            return False
+        labels = self.labels(value)
         if op in LINEAR:
             return self._set(call.out[0], labels)
         if self.group == "odd":
@@ -69,8 +123,10 @@ class Flow(Propagation):
             return op == "sigmoid" and self._through(call, "sigmoid", labels)
         if op in HOMOGENEOUS:
             return self._through(call, "homogeneous", labels)
+        if op in SCALE_FREE or DEGREES.get(op) == 0:
+            return self._ignores(call, labels)
         if op in DEGREES:
-            return DEGREES[op] == 0 or self._through(call, "homogeneous", labels, DEGREES[op])
+            return self._through(call, "homogeneous", labels, DEGREES[op])
         if self.group == "suspect" and op in NEARLY:
             return self._through(call, "suspect", labels)
         return False
@@ -91,6 +147,12 @@ class Flow(Propagation):
     def _through(self, call: Call, category: str, labels: Tensor, degree: float = 1.0) -> bool:
         self._note(category, call, labels)
         return self._set(call.out[0], self.classes.multiple(labels, degree, self._why(call)))
+
+    def _ignores(self, call: Call, *labels: Tensor) -> bool:
+        """The result does not depend on a positive scale, and stays."""
+        for each in labels:
+            self._note("homogeneous", call, each)
+        return True
 
     def _power(self, call: Call) -> bool:
         exponent = call.args[1]
@@ -150,8 +212,17 @@ class Flow(Propagation):
         return filled in (0.0, float("inf"), float("-inf")) and self._set(call.out[0], self.labels(value))
 
     def _compare(self, call: Call) -> bool:
-        """Comparisons with zero do not notice a scale; their result is fixed."""
-        return self.group != "odd" and len(call.args) > 1 and not isinstance(call.args[1], Value) and call.args[1] == 0
+        """Comparisons with zero, or of units with one scale, do not notice it; their result is fixed."""
+        if self.group == "odd" or len(call.args) < 2 or call.op == "isclose":
+            return False
+        first, second = call.args[:2]
+        if not isinstance(first, Value) or not isinstance(second, Value):
+            value, limit = (first, second) if isinstance(first, Value) else (second, first)
+            return limit == 0 and self._ignores(call, self.labels(value))
+        labels = self.labels(first), self.labels(second)
+        if "logical" not in call.op:  # which ask of each whether it is zero
+            self.classes.tie(*labels, self._why(call))
+        return self._ignores(call, *labels)
 
     def _product(self, call: Call) -> bool:
         first, second = call.args[:2]
@@ -213,13 +284,33 @@ class Flow(Propagation):
         is_linear = call.op in ("mean", "sum", "nansum")
         if self.group == "odd" and not is_linear:
             return False
-        if call.op in ("linalg_vector_norm", "norm") and isinstance(number(call, 1, "ord", 2), Value):
-            return False
+        if call.op in ("linalg_vector_norm", "norm") and number(call, 1, "ord", 2) == 0:  # how many are not zero
+            return True
         labels, over = self.labels(value), axes(call, value.tensor.ndim)
+        first = self._over(call, labels, over)
+        out = first.reshape(squeezed(labels, over, call.out[0]))
+        return (
+            self._set(call.out[0], out)
+            if is_linear
+            else self._through(call, "homogeneous", out, 1.0 + (call.op == "var"))
+        )
+
+    def _ordered(self, call: Call) -> bool:
+        is_linear = call.op.startswith(("cumsum", "_fft"))
+        if self.group == "odd" and not is_linear:
+            return False
+        labels = self.labels(call.args[0])
+        over = axes(call, labels.ndim)
         first = self._over(call, labels, over)
         if not is_linear:
             self._note("homogeneous", call, first)
-        return self._set(call.out[0], first.reshape(squeezed(labels, over, call.out[0])))
+        for value in call.out:  # the positions do not change
+            if _is_continuous(value):
+                self._set(value, first.reshape(squeezed(labels, over, value)))
+        return True
+
+    def _keeps_maxima(self) -> bool:
+        return self.group != "odd"
 
     def _pool(self, call: Call) -> bool:
         labels = self.labels(call.args[0])
@@ -271,3 +362,13 @@ class Flow(Propagation):
         self._note("contracted", call, torch.cat([unique(rows), unique(columns)]))
         self.contractions.append(Contraction(call, rows[:, 0], columns[:, :, 0]))
         return torch.tensor(FIXED).expand(first.shape[0], first.shape[1], second.shape[2])
+
+
+def _is_continuous(value: Value) -> bool:
+    return value.tensor.is_floating_point() or value.tensor.is_complex()
+
+
+def _is_small(limit: Any, value: Value) -> bool:
+    """Whether a number is as small beside a tensor as the ``eps`` of a normalisation: a scale may pass nearly."""
+    size = float(limit.tensor.abs().max()) if isinstance(limit, Value) else abs(float(limit))
+    return 0 < size <= APPROXIMATE * float(value.tensor.double().square().mean().sqrt())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,7 @@ class Attention:
         queries, keys: (heads, d) labels that are multiplied and summed.
         values: (heads, d_v) labels that are averaged, None if no average with this attention matrix is found.
         sums_to_one: whether a softmax over the keys makes the weights of the average.
+        unscaled: whether something else than a softmax reads the products, through which their scale might pass.
         average: the operation that averages.
         batch: the head of each matrix of the average's batch.
     """
@@ -38,6 +39,7 @@ class Attention:
     keys: Tensor
     values: Tensor | None
     sums_to_one: bool
+    unscaled: bool
     average: Average | None
     batch: Tensor
 
@@ -57,7 +59,10 @@ def heads(network: Network) -> Iterator[Attention]:
         seen.append((units[0], units[1]))
         softmax, average = _follow(contraction.call.out[0], users, averages)
         over_last = softmax is None or number(softmax, 1, "dim", -1) in (-1, softmax.args[0].tensor.ndim - 1)
-        yield _attention(network, contraction, average, softmax is not None, over_last)
+        unscaled = softmax is None and not _reaches_only_the_output(
+            contraction.call.out[0], users, network.tape.outputs
+        )
+        yield replace(_attention(network, contraction, average, softmax is not None, over_last), unscaled=unscaled)
 
 
 def _attention(
@@ -75,7 +80,7 @@ def _attention(
     name = contraction.call.module or network.tape.describe(contraction.call)
     return Attention(
         name, queries[first], keys[first], None if values is None else values[first],
-        sums and average is not None, average if values is not None else None, order,
+        sums and average is not None, False, average if values is not None else None, order,
     )  # fmt: skip
 
 
@@ -99,6 +104,16 @@ def _follow(
             if call.op in _ON_THE_WAY:
                 pending.extend(call.out)
     return softmax, None
+
+
+def _reaches_only_the_output(value: Value, users: dict[int, list[Call]], outputs: tuple[Value, ...]) -> bool:
+    """Whether the products are what the model returns, in another shape and with something added at most."""
+    readers = users[id(value)]
+    if not all(call.op in SAME | MOVES | SUMS for call in readers):
+        return False
+    return (bool(readers) or any(value is out for out in outputs)) and all(
+        _reaches_only_the_output(out, users, outputs) for call in readers for out in call.out
+    )
 
 
 _ON_THE_WAY = SAME | MOVES | SUMS | PRODUCTS | SOFTMAXES | ELEMENTWISE | {"where", "masked_fill"}

@@ -149,6 +149,9 @@ class Identity(Propagation):
         self.classes.fix(labels, self._why(call))
         return torch.full_like(first, FIXED)
 
+    def _keeps_maxima(self) -> bool:
+        return True
+
     def _reduce(self, call: Call) -> bool:
         value = call.args[0]
         if not isinstance(value, Value) or any(isinstance(a, Value) for a in call.args[1:]):

@@ -14,7 +14,7 @@ from .identity import Identity
 from .parameters import Parameters
 from .rewrite import normalised
 from .scales import Scales
-from .tape import Tape
+from .tape import SHAPE_ONLY, Call, Tape
 
 
 class Network:
@@ -69,6 +69,11 @@ class Network:
     def times_used(self, name: str) -> int:
         """How often the run uses a parameter, as a weight or as numbers of their own."""
         return len(self.raw.uses_of[name])
+
+    def reader(self, name: str) -> Call | None:
+        """The first operation on the way to the outputs that takes a parameter, or a copy of it."""
+        value = self.tape.parameters[name]
+        return next((call for call in self.tape.calls if value in call.inputs and call.op not in SHAPE_ONLY), None)
 
     @cached_property
     def trades(self) -> Scales:

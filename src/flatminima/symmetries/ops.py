@@ -65,13 +65,31 @@ ELEMENTWISE = (LINEAR | HOMOGENEOUS | ODD | EVEN | NEARLY | frozenset(DEGREES)) 
 )
 """Each element of the result depends on the same element of the first argument alone (and on numbers)."""
 
+INHOMOGENEOUS = (NEARLY | ODD) - frozenset(DEGREES) | _names(
+    """
+    cos cosh ceil floor frac log1p expm1 exp2 logit digamma lgamma threshold _softmax _safe_softmax softmax _log_softmax
+    log_softmax logsumexp
+    """
+)
+"""No power of d is ``op(d x) / op(x)`` for all x: it is certain that these let no scale through. (The logarithm turns a scale
+into a shift, which what follows may take away: it is not among them.)"""
+
+SCALE_FREE = _names("isnan isinf isfinite isposinf isneginf logical_not signbit")
+"""``op(d x) = op(x)`` for d > 0."""
+
 COMPARE = _names("eq ne lt le gt ge isclose logical_and logical_or logical_xor bitwise_and bitwise_or")
 SUMS = frozenset({"add", "sub", "rsub"})
 MEETS = frozenset({"maximum", "minimum", "fmax", "fmin"})
 PRODUCTS = frozenset({"mul", "div", "true_divide"})
 
-REDUCES = frozenset({"mean", "sum", "amax", "amin", "max", "min", "linalg_vector_norm", "norm", "nansum", "median"})
-"""Combine elements along axes; homogeneous of degree 1."""
+REDUCES = _names("mean sum amax amin max min linalg_vector_norm norm nansum median std var")
+"""Combine elements along axes, whatever their order; homogeneous of degree 1, the variance of degree 2."""
+
+ORDERED: dict[str, int] = {
+    "sort": 1, "topk": 2, "kthvalue": 2, "cummax": 1, "cummin": 1, "cumsum": 1, "argsort": 1, "argmax": 1, "argmin": 1,
+    "_fft_r2c": 1, "_fft_c2c": 1, "_fft_c2r": 1,
+}  # fmt: skip
+"""Combine elements along axes by their order; homogeneous of degree 1. The position of the argument that names the axes."""
 
 POOLS: dict[str, int] = {
     name.format(k): k
@@ -125,8 +143,8 @@ def number(call: Call, position: int, name: str, default: Any = None) -> Any:
 
 def axes(call: Call, dimensions: int) -> tuple[int, ...]:
     """The axes that a reduction combines, sorted; all of them where none is given."""
-    position = 2 if call.op in ("linalg_vector_norm", "norm") else 1
-    given = number(call, position, "dim")
+    position = 2 if call.op in ("linalg_vector_norm", "norm") else ORDERED.get(call.op, 1)
+    given = number(call, position, "dim", -1 if call.op in ("sort", "argsort", "topk", "kthvalue") else None)
     chosen = given if isinstance(given, list | tuple) else [given]
     if not chosen or not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in chosen):
         return tuple(range(dimensions))

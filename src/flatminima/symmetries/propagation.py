@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 
 from .classes import FIXED, ZERO, Classes, compact, pairs, unique
-from .ops import COMPARE, MEETS, MOVES, POOLS, PRODUCTS, REDUCES, SAME, SUMS, moved
+from .ops import COMPARE, MEETS, MOVES, POOLS, PRODUCTS, REDUCES, SAME, SUMS, moved, number
 from .parameters import Parameters
 from .records import Average, Contraction, Event, NormUse, Product, Use
 from .tape import PARAMETER, SHAPE_ONLY, Call, Tape, Value
+
+NOT_ANALYSED = "which is not analysed"
+"""How a parameter is reported that is at work in an operation that is not known."""
+
+COMPUTED = "is computed, so it cannot be changed as a parameter"
+"""How a layer is reported whose weight is no parameter itself."""
 
 Handler = Callable[[Call], bool]
 """Sets the labels of what a call returns; False where the call lets nothing through."""
@@ -36,6 +42,7 @@ class Propagation(ABC):
         biases: for labels that a weight writes, the number of the parameter element that is added to them.
         computed: (layer, reason) for weights that are no parameters themselves.
         unread: (parameter, reason) for parameters at work in operations that are not known.
+        unfollowed: operations that units reach and that may or may not let a map through.
     """
 
     def __init__(self, tape: Tape, parameters: Parameters) -> None:
@@ -52,6 +59,7 @@ class Propagation(ABC):
         self.biases: dict[int, int | None] = {}
         self.computed: list[tuple[str, str]] = []
         self.unread: list[tuple[str, str]] = []
+        self.unfollowed: list[Call] = []
         self._labels: dict[int, Tensor] = {}
         self._numbers: dict[int, Tensor] = {key: parameters.numbers[name] for key, name in parameters.values.items()}
         self._opaque = tape.opaque()
@@ -92,6 +100,7 @@ class Propagation(ABC):
         )  # fmt: skip
         return {op: handler for ops, handler in sets for op in ops} | {
             "convolution": self._convolution, "copy": self._copy, "embedding": self._embedding,
+            "_embedding_bag": self._bag, "_embedding_bag_forward_only": self._bag,
             "masked_fill": self._masked_fill, "normalise": self._norm, "view_as_complex": self._complex,
             "view_as_real": self._real, "where": self._where,
         }  # fmt: skip
@@ -119,13 +128,13 @@ class Propagation(ABC):
     def _why(self, call: Call) -> str:
         """Why units that reach this operation stay as they are."""
 
-    def _stop(self, call: Call, values: list[Value]) -> None:
+    def _stop(self, call: Call, values: list[Value], why: str | None = None) -> None:
         for value in values:
             if id(value) in self._numbers and id(value) not in self._labels:
                 where = self.tape.describe(call)
                 for name in self.parameters.names(self._numbers[id(value)]):
-                    self.unread.append((name, f"it is used by {where}, which is not analysed"))
-            self.classes.fix(self.labels(value), self._why(call))
+                    self.unread.append((name, f"it is used by {where}, {NOT_ANALYSED}"))
+            self.classes.fix(self.labels(value), why or self._why(call))
 
     def _stop_opaque(self, labels: Tensor, key: int) -> None:
         branch = self._opaque[key]
@@ -144,6 +153,8 @@ class Propagation(ABC):
     def _move(self, call: Call) -> bool:
         data = [value for value in call.inputs if value.tensor.is_floating_point() or value.tensor.is_complex()]
         if any(self.is_free(value) for value in call.inputs if value not in data):
+            return False
+        if call.func is not None and call.func._overloadname == "dtype":  # the bits, seen as another type
             return False
         whole = all(id(value) in self._numbers for value in data) and call.op != "constant_pad_nd"
         table = self._numbers if whole else self._labels
@@ -238,7 +249,7 @@ class Propagation(ABC):
 
     def _computed(self, call: Call, *values: Value) -> bool:
         layer = call.module or self.tape.describe(call)
-        reason = f"the weight or bias of {layer} is computed, so it cannot be changed as a parameter"
+        reason = f"the weight or bias of {layer} {COMPUTED}"
         self.computed.append((layer, reason))
         for value in values:
             if self.is_free(value):
@@ -300,7 +311,20 @@ class Propagation(ABC):
         self._use(call, numbers, fresh.reshape(1, -1), torch.tensor([[FIXED]]))
         return self._set(call.out[0], fresh)
 
+    def _bag(self, call: Call) -> bool:
+        """Sums, means or maxima of rows of a table: every column by itself."""
+        weights = number(call, 6, "per_sample_weights")
+        if isinstance(weights, Value) and self.is_free(weights):
+            return False
+        is_linear = number(call, 4, "mode", 0) != _MAX
+        return (is_linear or self._keeps_maxima()) and self._embedding(call)
 
+    @abstractmethod
+    def _keeps_maxima(self) -> bool:
+        """Whether the larger of two numbers stays the larger one."""
+
+
+_MAX = 2  # of the modes of an embedding bag
 _CONTRACTS = frozenset({"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot"})
 
 

@@ -158,6 +158,9 @@ def _spelled_out(call: Call) -> Call | None:
     if call.op not in ("mul", "div") or len(call.args) < 2 or not all(isinstance(a, Value) for a in call.args[:2]):
         return None
     first, second = call.args[:2]
+    over = _length(second, _same(first)) if call.op == "div" else None
+    if over is not None:
+        return _put_together(call, first, Norm("layer", over, False, 0.0))
     for numerator, other in ((first, second), (second, first)) if call.op == "mul" else ((first, second),):
         inside = _under_root(other, inverted=call.op == "mul")
         if inside is None:
@@ -166,13 +169,32 @@ def _spelled_out(call: Call) -> Call | None:
         found = _mean_square(square, _same(numerator))
         if found is not None:
             x, over, centred = found
-            norm = Call(
-                "normalise", None, (x,), {"norm": Norm("layer", over, centred, eps)}, call.module, call.function
-            )
-            norm.out = call.out
-            call.out[0].source = norm
-            return norm
+            return _put_together(call, x, Norm("layer", over, centred, eps))
     return None
+
+
+def _put_together(call: Call, x: Value, norm: Norm) -> Call:
+    whole = Call("normalise", None, (x,), {"norm": norm}, call.module, call.function)
+    whole.out = call.out
+    call.out[0].source = whole
+    return whole
+
+
+def _length(value: Value, numerator: Value) -> tuple[int, ...] | None:
+    """The axes over which a value is the Euclidean length of the numerator, also where ``max(length, eps)`` guards a division
+    by zero: a length below it does not occur on the example, and at 0 there is nothing to scale."""
+    call, guarded = value.source, False
+    while call is not None and call.op in SAME | {"expand", "clamp_min"}:
+        if call.op == "clamp_min":
+            limit = call.args[1].tensor if isinstance(call.args[1], Value) else call.args[1]
+            if guarded or not bool(((call.args[0].tensor > limit) | (call.args[0].tensor == 0)).all()):
+                return None
+            guarded = True
+        call = call.args[0].source
+    if call is None or call.op != "linalg_vector_norm" or number(call, 1, "ord", 2) != 2:
+        return None
+    same = _same(call.args[0]) is numerator and call.out[0].tensor.ndim == numerator.tensor.ndim
+    return axes(call, numerator.tensor.ndim) if same and guarded else None
 
 
 def _same(value: Value) -> Value:

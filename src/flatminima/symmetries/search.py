@@ -18,6 +18,7 @@ from .execution import MODES
 from .kinds import KINDS
 from .network import Network
 from .proof import Proof, Prover
+from .propagation import COMPUTED, NOT_ANALYSED
 from .recorder import UntraceableError, reason, record
 from .tape import CHOICE, INPUT, PARAMETER, Tape
 
@@ -50,6 +51,11 @@ FINDERS = (
 
 #: How a decision by integer inputs, such as a padding mask, is reported: what was found holds for such inputs.
 INPUTS_LIKE_THE_EXAMPLE = "analysed for inputs like the example"
+NOT_FOLLOWED = "not followed: what rescales the units that reach it may have been missed"
+_NOT_PRESERVED = "not function preserving"
+_HIDES = (
+    "control flow", "was not analysed", NOT_ANALYSED, NOT_FOLLOWED, COMPUTED, _NOT_PRESERVED, "could not be proved",
+)  # fmt: skip
 _ROWS = 4  # of the example, for reading the model; the proofs see all of it
 
 
@@ -235,9 +241,34 @@ def _not_analysed(network: Network) -> Iterable[tuple[str, str]]:
         elif branch.depends & CHOICE:
             yield where, f"`{branch.line}` depends on integer inputs: {INPUTS_LIKE_THE_EXAMPLE}"
     yield from network.flow.unread
+    for call in network.flow.unfollowed:
+        yield network.tape.describe(call), f"is {NOT_FOLLOWED}"
+    for products in network.attentions:
+        if products.unscaled:
+            yield products.name, f"multiplies units with units, without a softmax, and what it makes is {NOT_FOLLOWED}"
     for name in network.flow.parameters.numbers:
         if not network.times_used(name) and name not in dict(network.flow.unread):
-            yield name, "it does not reach the outputs on this input"
+            reader = network.reader(name)
+            yield (
+                name,
+                "it does not reach the outputs on this input"
+                if reader is None
+                else f"it is read by {network.tape.describe(reader)}, and no kind of map changes it",
+            )
+
+
+def may_hide(site: str, reason: str) -> bool:
+    """Whether a line of `SymmetrySearch.rejected` says that symmetries may have been missed, and not that there are none.
+
+    Example:
+        >>> may_hide("0", "its units reach 1 (GELU), which is not positively homogeneous")
+        False
+        >>> may_hide("fft_fft", f"is {NOT_FOLLOWED}")
+        True
+    """
+    if INPUTS_LIKE_THE_EXAMPLE in reason:
+        return False
+    return site == "model" or any(words in reason for words in _HIDES)
 
 
 def _joined(first: Symmetry | None, second: Symmetry) -> Symmetry:
@@ -276,7 +307,7 @@ def _attempt(prover: Prover, symmetry: Symmetry) -> tuple[Proof | None, str | No
     if proof.preserved:
         return proof, None
     return proof, (
-        f"not function preserving: {symmetry.kind} changes the {symmetry.preserves} by {proof.max_change:.1e} of the largest "
+        f"{_NOT_PRESERVED}: {symmetry.kind} changes the {symmetry.preserves} by {proof.max_change:.1e} of the largest "
         f"(tolerance {proof.tolerance:.0e})"
     )
 
