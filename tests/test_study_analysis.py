@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -73,16 +74,61 @@ def test_that_something_is_nothing_is_shown_with_many_networks_only(simulated: l
 def test_what_cannot_be_decided_says_why(simulated: list[Record]) -> None:
     one = decide(RunTable(tuple(r for r in simulated if r.spec["data"]["name"] == "mnist")), quick(weakness_rules("s")))
     assert {v["name"]: v["outcome"] for v in one}["H1"] == "undecided"
-    assert "It asks for 2 data sets, and there are 1." in one[0]["reason"]
+    assert "It asks for 2 data sets; here: mnist." in one[0]["reason"]
     less = [
         Record(r.id, r.spec, r.status, values={k: v for k, v in r.values.items() if "live" not in k}) for r in simulated
     ]
     (first, *_) = decide(RunTable(tuple(less)), quick(weakness_rules("s")))
     assert first["outcome"] == "undecided"
-    assert "On mnist there is no live_units." in first["reason"]
+    assert "On mnist there is no live units." in first["reason"]
     assert decide(RunTable(()), quick(weakness_rules("s")))[0]["outcome"] == "undecided"
     few = decide(RunTable(tuple(simulated[:5])), quick(weakness_rules("s")))
     assert "On mnist only 5 networks have everything it needs." in few[0]["reason"]
+
+
+def test_what_nobody_finished_leaves_its_hypothesis_open(simulated: list[Record]) -> None:
+    """A data set or a number of rows that is missing because its networks missed is not one that the rule never asked about."""
+    missed = [record(5000 + s, {}, data="digits", status="missed", reason="cap") for s in range(20)]
+    (first, *_) = decide(RunTable((*simulated, *missed)), quick(weakness_rules("s")))
+    assert (first["outcome"], first["reason"]) == ("undecided", "On digits no network has finished.")
+    grid = grid_study({250: 0.0, 6000: 0.0}, 40, 0.0005)
+    left = [Record(r.id, r.spec, "missed", "cap", {}) if r.spec["optimiser"]["batch_size"] == 6000 else r for r in grid]
+    (batch,) = decide(RunTable(tuple(left)), weakness_rules("grid", batch=True))
+    assert [part["outcome"] for part in batch["parts"]] == ["supported"]
+    assert batch["outcome"] == "undecided"
+    assert "At n = 6,000 on mnist fewer than two seeds have finished" in batch["reason"]
+    # One rate of two: the others are compared, and it is said which is not.
+    some = [
+        Record(r.id, r.spec, "missed", "cap", {})
+        if (r.spec["optimiser"]["batch_size"], r.spec["optimiser"]["lr"]) == (6000, 0.05) else r
+        for r in grid
+    ]  # fmt: skip
+    (batch,) = decide(RunTable(tuple(some)), weakness_rules("grid", batch=True))
+    assert batch["parts"][1]["note"] == "learning rate 0.5; nothing finished to compare at 0.05"
+    assert batch["parts"][0]["note"] == "learning rate 0.05, 0.5"
+
+
+def test_the_large_batch_is_the_one_that_was_planned() -> None:
+    records = [
+        record(s, {"test.accuracy": 0.9}, batch=batch, cell={"batch": batch}, status=status, reason=reason)
+        for s in range(3)
+        for batch, status, reason in ((64, "finished", ""), (128, "finished", ""), (250, "missed", "cap"))
+    ]
+    assert matched_differences(RunTable(tuple(records)), "test.accuracy") == {}
+
+
+def test_no_rule_is_decided_while_networks_wait(simulated: list[Record]) -> None:
+    rules = quick(weakness_rules("s"))
+    part = simulated[:40]
+    found = analyse(part, rules, planned=60, draws=100)
+    assert found["verdicts"] == []
+    assert found["answer"].startswith("No verdict yet. ")
+    assert "20 of 60 networks have not been tried yet, so no rule is decided." in found["cautions"][0]
+    table = study_tables(found)["verdicts"]
+    assert [cells[1].text for cells in table.rows] == ["not decided yet"] * 4
+    assert "partial rank correlation of pair proxy with test accuracy given training loss" in table.rows[0][0].detail
+    assert "not decided yet" in render_study(found)
+    assert len(analyse(part, rules, planned=40, draws=100)["verdicts"]) == 4
 
 
 def test_without_correlation_to_explain_h5_is_undecided() -> None:
@@ -194,6 +240,53 @@ def test_rules_are_hashed_and_cannot_be_changed_unnoticed() -> None:
     with pytest.raises(PreregistrationError, match=r"level is 1\.5"):
         Preregistration("s", (one,), level=1.5)
     assert all("{" not in rules.rule(hypothesis) for hypothesis in rules.hypotheses)
+    # Everything that decides is said: a reader has no other place to find what is held fixed, and who the rivals are.
+    said = " ".join(rules.rule(hypothesis) for hypothesis in rules.hypotheses)
+    for name in ("live units", "w'Hw", "spectral product", "orbit-minimal trace", "Hessian trace with test accuracy"):
+        assert name in said
+    assert "0.1 points from 6,000 rows on" in weakness_rules("s", batch=True).rule(
+        weakness_rules("s", batch=True).hypotheses[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("batch", {"margins": [[6000, 0.001]]}, "the first from 0 rows on"),
+        ("batch", {"margins": "x"}, "margins is 'x'"),
+        ("batch", {"margins": [[0, 0.1], [0, 0.2]]}, "ascending"),
+        ("beats", {"measure": "trace", "rivals": [], "margin": 0.1, "data_sets": 1}, "a list of at least one measure"),
+        (
+            "beats",
+            {"measure": "trace", "rivals": "w_hessian_w", "margin": 0.1, "data_sets": 1},
+            "rivals is 'w_hessian_w'",
+        ),
+        ("predicts", {"measure": "trace", "given": [], "margin": "0.1", "data_sets": 1}, "margin is '0.1'"),
+        ("predicts", {"measure": "trace", "given": [], "margin": 0.1, "data_sets": 0}, "data_sets is 0"),
+    ],
+)
+def test_rules_that_could_not_be_applied_are_refused_before_training(
+    kind: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PreregistrationError, match=message):
+        Hypothesis("H1", kind, "", settings)
+
+
+def test_a_family_has_a_rule_and_enough_resamples() -> None:
+    with pytest.raises(PreregistrationError, match="there is no rule"):
+        Preregistration("s", ())
+    with pytest.raises(PreregistrationError, match="draws is 10"):
+        Preregistration("s", weakness_rules("s").hypotheses, draws=10)
+
+
+def test_committed_rules_are_those_of_this_version() -> None:
+    """Written before training: a change here would be a change of the rules after the fact."""
+    folder = Path(__file__).parents[1] / "docs" / "reproductions"
+    for name, rules in (
+        ("weakness", weakness_rules("head-to-head")), ("vanishing", weakness_rules("batch-rate-rows", batch=True))
+    ):  # fmt: skip
+        text = (folder / name / "preregistration.json").read_text(encoding="utf-8")
+        assert Preregistration.from_json(text).digest == rules.digest == json.loads(text)["digest"]
 
 
 # --- figures and caveats -------------------------------------------------------------------------------------------
@@ -268,10 +361,10 @@ def test_caveats_of_the_design() -> None:
                 )  # fmt: skip
                 made.spec["stop"]["threshold"] = 0.9999 if rows == 500 else 1.0
                 records.append(made)
-    for r in records[:3]:
+    for i, r in enumerate(records[:3]):
         spec = copy.deepcopy(r.spec) | {"seed": 99}
         records.append(
-            Record("f" * 64, spec, "missed", "the loss was 0.02 at the cap of 500 epochs", {"train.epochs": 500.0})
+            Record(f"{i:064d}", spec, "missed", "the loss was 0.02 at the cap of 500 epochs", {"train.epochs": 500.0})
         )
     records.append(record(0, measured(rng, 0.0, effects), data="fashion-mnist", labels=("trace", "path_norm")))
     found = analyse(records, draws=200, planned=60)
@@ -280,7 +373,7 @@ def test_caveats_of_the_design() -> None:
     assert "Batch sizes differ in learning rate too at 500 rows of mnist, 2,000 rows of mnist" in cautions
     assert "With the number of rows change also: stop rule" in cautions
     assert "mnist and fashion-mnist share seeds" in cautions
-    assert "trace and source_trace (+1.00)" in cautions
+    assert "Hessian trace and Hessian trace as the source estimates it (+1.00)" in cautions
     assert "only 12 independent seeds are resampled" in cautions
     assert re.search(r"measured again, path norm \(−?-?0\.\d+\) hardly repeat", cautions)
     assert found["counts"] == {"networks": 60, "finished": 49, "missed": 3, "failed": 0, "not run": 8}
@@ -307,6 +400,94 @@ def test_subsets_have_their_own_interval_and_are_strata() -> None:
     assert any("there are 3 training subsets" in c for c in found["cautions"])
     units, words = resampling_units(RunTable(tuple(seeds_study(5, {}))))
     assert (len(set(units)), words) == (5, "networks")
+
+
+def test_studies_on_one_data_set_are_cells_of_their_own() -> None:
+    """Networks of two studies differ in what is no factor of either: within cells they are not compared."""
+    rng = np.random.default_rng(0)
+    records = []
+    for shift, name in ((0.0, "narrow"), (4.0, "wide")):
+        for s in range(40):
+            values = measured(rng, rng.normal(), {}) | {"measure.trace": shift + rng.normal()}
+            values["test.accuracy"] += 0.02 * shift
+            made = record(s, values, labels=("trace",), cell={"lr": 0.1} if shift else {"width": 8})
+            made.spec["study"] = name
+            records.append(made)
+    found = analyse([Record(f"{i:064d}", r.spec, r.status, values=r.values) for i, r in enumerate(records)], draws=200)
+    (row,) = found["data"][0]["correlations"]
+    assert row["raw"]["value"] > 0.6
+    assert abs(row["within"]["value"]) < 0.3
+    assert "narrow, wide are pooled on mnist" in "\n".join(found["cautions"])
+    assert {cell["study"] for cell in found["cells"]} == {"narrow", "wide"}
+    assert "narrow: mnist" in study_tables(found)["cells"].rows[0][0].detail
+    assert all("study" not in axes["psi"] for axes in found["data"][0]["axes"])
+
+
+def test_orders_of_rows_tell_networks_of_one_seed_apart() -> None:
+    records = []
+    for r in seeds_study(20, {"measure.trace": -0.5}):
+        for order in (1, 2):
+            spec = copy.deepcopy(r.spec) | {"order_seed": order, "cell": {"lr": r.spec["seed"] % 2}}
+            records.append(Record(f"{len(records):064d}", spec, "finished", values=r.values))
+    (axes,) = analyse(records, draws=100)["data"][0]["axes"]
+    assert axes["psi"] == {}  # no two networks differ in the learning rate only
+
+
+def test_a_database_that_is_given_twice_is_no_larger_study(simulated: list[Record]) -> None:
+    with pytest.raises(ValueError, match="800 networks are given twice"):
+        analyse([*simulated, *simulated], draws=100)
+
+
+def test_networks_of_one_seed_are_no_independent_networks_to_meng() -> None:
+    once = seeds_study(60, {"measure.pair_proxy": 0.6, "measure.trace": -0.3})
+    again = [
+        Record(
+            r.id[::-1],
+            copy.deepcopy(r.spec) | {"data": r.spec["data"] | {"subset_seed": 43}},
+            "finished",
+            values=r.values,
+        )
+        for r in once
+    ]
+    one, two = (analyse(records, draws=200)["data"][0]["comparisons"][0] for records in (once, once + again))
+    assert two["meng_p"] == pytest.approx(one["meng_p"])  # the same networks again say nothing new
+    assert "(if those of one seed said nothing new, " in "\n".join(
+        analyse(once[:30] + again[:30], draws=200)["cautions"]
+    )
+
+
+def test_a_measure_that_does_not_choose_is_no_better_than_chance() -> None:
+    records = seeds_study(40, {"measure.pair_proxy": 0.0, "measure.trace": -0.5})
+    for r in records:
+        r.values["measure.pair_proxy"] = 1000.0  # as where every class is feasible everywhere
+    records[7].values["measure.pair_proxy"] = 999.0
+    records[7].values.update({"test.accuracy.a": 0.0, "test.accuracy.b": 0.0})
+    rows = {row["measure"]: row for row in analyse(records, draws=100)["data"][0]["selection"]}
+    b = np.array([r.values["test.accuracy.b"] for r in records])
+    assert rows["pair_proxy"]["direction"] == "highest"
+    assert rows["pair_proxy"]["top_1"] == pytest.approx(b.max() - np.delete(b, 7).mean())
+    assert rows["pair_proxy"]["top_10"] == pytest.approx(np.sort(b)[-4:].mean() - np.delete(b, 7).mean())
+    shuffled = {row["measure"]: row for row in analyse(records[::-1], draws=100)["data"][0]["selection"]}
+    assert shuffled["pair_proxy"]["top_1"] == pytest.approx(rows["pair_proxy"]["top_1"])
+
+
+def test_a_matching_cell_that_nobody_finished_matches_nothing() -> None:
+    records = [
+        Record(r.id, r.spec, "missed", "cap", {})
+        if (r.spec["optimiser"]["lr"] > 0.1) != (r.spec["optimiser"]["batch_size"] > 64) else r
+        for r in grid_study({250: 0.0})
+    ]  # fmt: skip
+    assert "Batch sizes differ in learning rate too at 250 rows" in "\n".join(analyse(records, draws=100)["cautions"])
+
+
+def test_few_subsets_are_said_in_a_grid_too() -> None:
+    rng = np.random.default_rng(3)
+    records = [
+        record(s, measured(rng, rng.normal(), {"measure.trace": 0.3}), subset=subset, cell={"lr": lr})
+        for s in range(20) for subset in (42, 43) for lr in (0.1, 0.5)
+    ]  # fmt: skip
+    cautions = [c for c in analyse(records, draws=100)["cautions"] if "there are 2 training subsets" in c]
+    assert cautions == ["mnist: there are 2 training subsets; intervals are about other seeds on these."]
 
 
 def test_measures_that_some_networks_lack_are_analysed_on_those_that_have_them() -> None:

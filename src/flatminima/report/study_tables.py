@@ -65,6 +65,14 @@ def verdict_table(results: Results) -> Table:
         )
         for v in results["verdicts"]
     ]  # fmt: skip
+    if not rows and results["rules"] is not None:
+        rows = [
+            (
+                Cell(f"{h['name']}: {h['statement']}", results["rules"]["words"][h["name"]]), Cell("not decided yet"),
+                Cell("Rules are decided once every network has been tried."), Cell(MISSING),
+            )
+            for h in results["rules"]["hypotheses"]
+        ]  # fmt: skip
     return Table("verdicts", "Verdicts", columns, tuple(rows))
 
 
@@ -138,13 +146,13 @@ def reliability_table(results: Results) -> Table:
 def comparison_table(results: Results) -> Table:
     """The reference measure against every other."""
     columns = (
-        Column("Against", "data set", False), Column("|ρ| of the first", "of the other"),
+        Column("Against", "data set", False), Column("ρ of the first", "of the other"),
         Column("Difference in size", "95 % interval, paired bootstrap"), Column("p", "bootstrap; Meng's z"),
         Column("ρ between the two"),
     )  # fmt: skip
     rows = [
         (
-            Cell(f"{c['first']} against {c['second']}", part["name"]),
+            Cell(f"{c['first_label']} against {c['second_label']}", part["name"]),
             Cell(signed(c["r_first"]), signed(c["r_second"]), (c["r_first"], c["r_second"])),
             _estimate(c["difference"]), Cell(_p(c["difference"]["p"]), _p(c["meng_p"]), (c["difference"]["p"], c["meng_p"])),
             Cell(signed(c["between"]), "", (c["between"],)),
@@ -227,12 +235,16 @@ def cell_table(results: Results) -> Table:
         Column("Failed"), Column("Accuracy, %", "standard deviation"), Column("Epochs", "median"), Column("Reasons", "", False),
     )  # fmt: skip
     rows = []
+    several = len({cell["study"] for cell in results["cells"]}) > 1
     for cell in results["cells"]:
         mean, sd = as_finite(cell["mean"]), as_finite(cell["sd"])
         name = ", ".join(f"{factor} {value}" for factor, value in cell["factors"].items()) or "all"
         rows.append(
             (
-                Cell(name, f"{cell['data']}, {integer(cell['rows'])}, {cell['subset']}"),
+                Cell(
+                    name,
+                    f"{cell['study'] + ': ' if several else ''}{cell['data']}, {integer(cell['rows'])}, {cell['subset']}",
+                ),
                 *(
                     Cell(integer(cell[status]), "", (cell[status],), tone="bad" if bad and cell[status] else "")
                     for status, bad in (("finished", False), ("missed", True), ("failed", True))

@@ -14,7 +14,7 @@ from flatminima.study.run_table import RunTable
 from flatminima.study.sign_error import sign_error
 
 _MOST_ROWS = 200_000
-_HELD = ("seed",)
+_HELD = ("seed", "order", "study")  # that a network has, and that are no hyper-parameters
 
 
 def along_axes(association: Association) -> list[dict[str, Any]]:

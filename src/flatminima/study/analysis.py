@@ -39,7 +39,8 @@ def analyse(
 
     Args:
         records: of one study, or of several whose data sets are to be judged together.
-        rules: written before training; their ``draws`` and ``seed`` hold for the verdicts.
+        rules: written before training; their ``draws`` and ``seed`` hold for the verdicts. There is none before every
+            network has been tried: a rule that is looked at until it says what one likes is none.
         name: of the study; that of the records by default.
         planned: networks that there will be; as many as there are by default.
         outcome: the value to be predicted.
@@ -50,14 +51,21 @@ def analyse(
     Returns:
         ``schema``, ``study``, ``command``, ``counts`` (networks by status), ``cells`` (of each: factors, counts, mean outcome),
         ``data`` (of each data set: ``correlations``, ``comparisons``, ``selection``, ``axes``, ``networks``), ``slopes``,
-        ``verdicts``, ``rules``, and in words ``answer``, ``details`` and ``cautions``.
+        ``verdicts`` (empty while networks wait), ``rules``, and in words ``answer``, ``details`` and ``cautions``.
 
     Cost: proportional to networks, measures and draws; 7 CPU seconds for 426 networks with 18 measures and 10,000 resamples.
+
+    Raises:
+        ValueError: a record that is given twice.
 
     Source: weakness specification, sections 4, 5.2 and 5.3.
     """
     table = RunTable(tuple(records))
+    twice = [run for run, count in Counter(record.id for record in table.records).items() if count > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} networks are given twice, first {twice[0][:12]}: expected each record once")
     finished = table.finished
+    waiting = max((planned or 0) - len(table), 0)
     found: dict[str, Any] = {
         "schema": SCHEMA,
         "flatminima": flatminima.__version__,
@@ -68,9 +76,11 @@ def analyse(
         "counts": _counts(table, planned),
         "cells": _cells(table, outcome),
         "data": [],
-        "slopes": slope_on_rows(finished, outcome),
-        "rules": None if rules is None else rules.to_dict() | {"digest": rules.digest},
-        "verdicts": [] if rules is None else decide(table, rules),
+        "slopes": slope_on_rows(table, outcome),
+        "rules": None
+        if rules is None
+        else rules.to_dict() | {"words": {h.name: rules.rule(h) for h in rules.hypotheses}},
+        "verdicts": [] if rules is None or waiting else decide(table, rules),
     }
     cautions = caveats.of_design(table)
     for data in finished.data_sets:
@@ -88,6 +98,12 @@ def analyse(
         cautions += caveats.of_data(association, rows, compared)
     if rules is None:
         cautions.insert(0, "No decision rule was written before training: everything here is exploration.")
+    elif waiting:
+        cautions.insert(
+            0,
+            f"{waiting} of {waiting + len(table)} networks have not been tried yet, so no rule is decided. To look now and "
+            "stop where the figures please would make them worthless.",
+        )
     return found | {"answer": _answer(found), "details": _details(found), "cautions": cautions}
 
 
@@ -110,8 +126,9 @@ def _cells(table: RunTable, outcome: str) -> list[dict[str, Any]]:
         epochs = [r.values["train.epochs"] for r in records if "train.epochs" in r.values]
         found.append(
             {
-                "data": spec["data"]["name"], "rows": spec["data"].get("rows"), "subset": spec["data"]["subset_seed"],
-                "factors": dict(spec["cell"]), **{s: sum(r.status == s for r in records) for s in STATUSES},
+                "study": spec["study"], "data": spec["data"]["name"], "rows": spec["data"].get("rows"),
+                "subset": spec["data"]["subset_seed"], "factors": dict(spec["cell"]),
+                **{s: sum(r.status == s for r in records) for s in STATUSES},
                 "mean": float(np.mean(values)) if values else None,
                 "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 "epochs": float(np.median(epochs)) if epochs else None,
@@ -155,7 +172,8 @@ def _answer(found: Mapping[str, Any]) -> str:
         return f"{said[0].upper()}{said[1:]}."
     if not found["data"]:
         return "No network has finished."
-    return " ".join(_strongest(part) for part in found["data"])
+    open_rules = ["No verdict yet."] if found["rules"] is not None else []
+    return " ".join([*open_rules, *(_strongest(part) for part in found["data"])])
 
 
 def _strongest(part: Mapping[str, Any]) -> str:
@@ -166,7 +184,7 @@ def _strongest(part: Mapping[str, Any]) -> str:
     row, e = max(shown, key=lambda pair: abs(pair[1]["value"]))
     return (
         f"On {part['name']} {row['label']} correlates most with accuracy over {part['n']} networks: ρ = "
-        f"{_signed(e['value'])} [{_signed(e['low'])}, {_signed(e['high'])}]."
+        f"{caveats.signed(e['value'])} [{caveats.signed(e['low'])}, {caveats.signed(e['high'])}]."
     )
 
 
@@ -175,9 +193,8 @@ def _details(found: Mapping[str, Any]) -> list[str]:
     if found["verdicts"]:
         details += [_strongest(part) for part in found["data"]]
     for slope in found["slopes"]:
-        change = f"{100 * slope['value']:+.2f} [{100 * slope['low']:+.2f}, {100 * slope['high']:+.2f}]".replace(
-            "-", "−"
-        )
+        value, low, high = (caveats.signed(100 * slope[name]) for name in ("value", "low", "high"))
+        change = f"{value} [{low}, {high}]"
         details.append(
             f"On {slope['data']} the accuracy of large minus small batches, at matched learning rates, changes by "
             f"{change} points for every factor e of rows ({slope['n']} seeds)."
@@ -191,7 +208,3 @@ def _details(found: Mapping[str, Any]) -> list[str]:
                 f"best one, a random one {100 * best['random']:.2f}."
             )
     return details
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")

@@ -19,8 +19,8 @@ Key = tuple[str, int]  # data set, rows
 def matched_differences(table: RunTable, outcome: str) -> dict[Key, dict[float, dict[Hashable, float]]]:
     """Outcome with the largest minus that with the smallest batch, by (data set, rows), learning rate and seeds.
 
-    Only pairs that share everything but the batch size: rows, subset, learning rate and seeds. Cells in which one of the two
-    did not finish have none.
+    Only pairs of finished networks that share everything but the batch size: rows, subset, learning rate and seeds. Cells in
+    which one of the two did not finish have none.
 
     Example:
         >>> from flatminima.study.run_spec import Record
@@ -32,17 +32,19 @@ def matched_differences(table: RunTable, outcome: str) -> dict[Key, dict[float, 
         {('digits', 250): {0.1: {(42, 0, 0): 0.25}}}
     """
     values: dict[Key, dict[float, dict[Hashable, dict[int, float]]]] = {}
+    planned: dict[Key, set[int]] = {}
     for record in table.records:
         data, optimiser = record.spec["data"], record.spec["optimiser"]
-        if outcome not in record.values:
+        planned.setdefault((data["name"], data["rows"]), set()).add(optimiser["batch_size"])
+        if record.status != "finished" or outcome not in record.values:
             continue
         seeds = (data["subset_seed"], record.spec["seed"], record.spec["order_seed"])
         by_rate = values.setdefault((data["name"], data["rows"]), {}).setdefault(optimiser["lr"], {})
         by_rate.setdefault(seeds, {})[optimiser["batch_size"]] = record.values[outcome]
     found: dict[Key, dict[float, dict[Hashable, float]]] = {}
     for key, rates in values.items():
-        sizes = {size for pairs in rates.values() for batch in pairs.values() for size in batch}
-        small, large = min(sizes), max(sizes)
+        # Of what was planned: where no network of the largest batch finished, the next one is not the large batch.
+        small, large = min(planned[key]), max(planned[key])
         for rate, pairs in rates.items():
             differences = {
                 seeds: batch[large] - batch[small]
@@ -60,17 +62,19 @@ def batch_parts(
     """One part of a verdict for each (data set, rows): the paired difference, averaged over learning rates, and its TOST.
 
     Args:
-        table: finished networks.
+        table: all networks; those that did not finish say what was to be compared.
         outcome: name of the value.
         margins: (from so many rows on, margin), ascending.
         level: of the intervals; those that refute are widened to ``1 - (1 - level) / parts``.
 
     Returns:
-        Parts, and reasons why nothing can be said.
+        Parts, and why nothing can be said on a number of rows that has none.
     """
     pairs = matched_differences(table, outcome)
-    parts = []
-    for (data, rows), rates in sorted(pairs.items()):
+    planned = _planned_rates(table)
+    parts, reasons = [], []
+    for (data, rows), wanted in sorted(planned.items()):
+        rates = pairs.get((data, rows), {})
         by_seed: dict[Hashable, list[float]] = {}
         for differences in rates.values():
             for seeds, difference in differences.items():
@@ -78,11 +82,16 @@ def batch_parts(
         # A seed that lacks a learning rate would be a mean of other things.
         whole = [float(np.mean(d)) for d in by_seed.values() if len(d) == len(rates)]
         if len(whole) < 2:
+            reasons.append(
+                f"At n = {rows:,} on {data} fewer than two seeds have finished with a small and a large batch at every rate."
+            )
             continue
+        lost = [f"{rate:g}" for rate in sorted(wanted - set(rates))]
+        without = f"; nothing finished to compare at {', '.join(lost)}" if lost else ""
         margin = next(m for start, m in reversed([(float(a), float(b)) for a, b in margins]) if rows >= start)
         ordinary, found = interval(whole), tost_paired(whole, margin)
         mean, n = float(np.mean(whole)), len(whole)
-        spread = 1 - (1 - level) / max(len(pairs), 1)
+        spread = 1 - (1 - level) / len(planned)
         wide = float(stats.t.ppf((1 + spread) / 2, n - 1)) * found.se
         outside = mean - wide > margin or mean + wide < -margin
         inner = float(stats.t.ppf(level, n - 1)) * found.se
@@ -94,12 +103,28 @@ def batch_parts(
                 "low": ordinary["low"], "high": ordinary["high"], "se": found.se, "n": n, "units": n, "p": found.p,
                 "p_zero": p_zero if math.isfinite(p_zero) else None, "inner_low": mean - inner, "inner_high": mean + inner,
                 "margin": margin, "outcome": outcome_of,
-                "note": f"learning rate {', '.join(f'{rate:g}' for rate in sorted(rates))}",
+                "note": f"learning rate {', '.join(f'{rate:g}' for rate in sorted(rates))}{without}",
             }
         )  # fmt: skip
-    if parts:
-        return parts, []
-    return [], ["There are no two seeds with a small and a large batch at the same learning rate and number of rows."]
+    if not planned:
+        reasons.append("There is no small and large batch at the same learning rate and number of rows.")
+    return parts, reasons
+
+
+def _planned_rates(table: RunTable) -> dict[Key, set[float]]:
+    """Learning rates at which the smallest and the largest batch were both to be trained, finished or not."""
+    batches: dict[Key, dict[float, set[int]]] = {}
+    for record in table.records:
+        data, optimiser = record.spec["data"], record.spec["optimiser"]
+        by_rate = batches.setdefault((data["name"], data["rows"]), {})
+        by_rate.setdefault(optimiser["lr"], set()).add(optimiser["batch_size"])
+    found: dict[Key, set[float]] = {}
+    for key, by_rate in batches.items():
+        sizes = set().union(*by_rate.values())
+        both = {rate for rate, own in by_rate.items() if {min(sizes), max(sizes)} <= own}
+        if len(sizes) > 1 and both:
+            found[key] = both
+    return found
 
 
 def slope_on_rows(table: RunTable, outcome: str) -> list[dict[str, Any]]:

@@ -12,10 +12,11 @@ import numpy as np
 from scipy import stats
 
 from flatminima.study.along_axes import evaluation_rows
-from flatminima.study.association import Association
+from flatminima.study.association import Association, measure_label
 from flatminima.study.dependent import meng_z
 from flatminima.study.rank_table import RankTable, correlation_of
 from flatminima.study.run_table import RunTable
+from flatminima.study.value_names import word
 
 FEW_UNITS = 20
 _COLLINEAR = 0.9
@@ -29,7 +30,7 @@ _COVARIATES = (
 
 def of_design(table: RunTable) -> list[str]:
     """Sentences about all records: what was left out, and what varies together with what."""
-    tests: Sequence[Callable[[RunTable], list[str]]] = (_unfinished, _rate, _drift, _replications)
+    tests: Sequence[Callable[[RunTable], list[str]]] = (_unfinished, _rate, _drift, _replications, _mixed)
     return [sentence for test in tests for sentence in test(table)]
 
 
@@ -67,7 +68,7 @@ def _cell(spec: Mapping[str, Any]) -> str:
 def _rate(table: RunTable) -> list[str]:
     """Batch size and learning rate: whether every pair of batch sizes shares a rate at the same number of rows."""
     rates: dict[tuple[str, int], dict[int, set[float]]] = {}
-    for record in table.records:
+    for record in table.finished.records:  # a matching cell that nobody finished matches nothing
         data, optimiser = record.spec["data"], record.spec["optimiser"]
         rates.setdefault((data["name"], data["rows"]), {}).setdefault(optimiser["batch_size"], set()).add(
             optimiser["lr"]
@@ -115,15 +116,28 @@ def _replications(table: RunTable) -> list[str]:
     ]
 
 
+def _mixed(table: RunTable) -> list[str]:
+    found = []
+    for data in table.data_sets:
+        studies = list(dict.fromkeys(table.of_data(data).spec("study")))
+        if len(studies) > 1:
+            found.append(
+                f"{', '.join(studies)} are pooled on {data}: raw correlations there can be those between studies; within cells "
+                "each study is by itself."
+            )
+    return found
+
+
 def _units(association: Association, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     subsets = len(set(association.table.subsets))
     if subsets == 1:
         found.append("all networks share one training subset; no interval here speaks for another one.")
-    elif subsets < FEW_UNITS and any(row.get("subsets") for row in rows):
+    elif 1 < subsets < FEW_UNITS:
+        tabled = any(row.get("subsets") for row in rows)
         found.append(
-            f"there are {subsets} training subsets; intervals are about other seeds on these. The interval over subsets, "
-            "by t, stands in the table."
+            f"there are {subsets} training subsets; intervals are about other seeds on these."
+            + (" The interval over subsets, by t, stands in the table." if tabled else "")
         )
     units = min((row["units"] for row in rows if row["units"]), default=FEW_UNITS)
     if units < FEW_UNITS:
@@ -204,7 +218,8 @@ def _collinear(association: Association) -> list[str]:
     for a, b in itertools.combinations(labels, 2):
         rho = _rho(association, association.table.column(f"measure.{a}"), association.table.column(f"measure.{b}"))
         if abs(rho) >= _COLLINEAR:
-            pairs.append((abs(rho), f"{a} and {b} ({rho:+.2f})".replace("-", "−")))
+            names = " and ".join(measure_label(label, association.names[label]) for label in (a, b))
+            pairs.append((abs(rho), f"{names} ({signed(rho)})"))
     if not pairs:
         return []
     shown = [text for _, text in sorted(pairs, reverse=True)]
@@ -224,11 +239,12 @@ def _confounded(association: Association) -> list[str]:
                 continue
             rho = _rho(association, association.table.column(f"measure.{label}"), association.table.column(name))
             if abs(rho) >= _CONFOUNDED:
-                close.append(f"{name} ({rho:+.2f})".replace("-", "−"))
+                close.append(f"{word(name)} ({signed(rho)})")
         if close:
-            found.append(f"{label} goes with {_list(close)}: what one of them predicts, the other may.")
+            shown = measure_label(label, association.names[label])
+            found.append(f"{shown} goes with {_list(close)}: what one of them predicts, the other may.")
     if absent:
-        found.append(f"not recorded, and so not held fixed: {', '.join(absent)}.")
+        found.append(f"not recorded, and so not held fixed: {', '.join(map(word, absent))}.")
     return found
 
 
@@ -248,18 +264,20 @@ def _superiority(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[s
     if not compared:
         return []
     open_ones = [
-        c["second"]
+        c["second_label"]
         for c in compared
         if c["difference"]["low"] is not None and c["difference"]["low"] <= 0 <= c["difference"]["high"]
     ]
     n = max((row["n"] for row in rows), default=0)
-    found = []
-    if open_ones:
-        found.append(
-            f"{compared[0]['first']} is not shown to predict better or worse than {_list(open_ones)}. With {n} networks, "
-            f"correlations of 0.40 and 0.25 would be told apart {power(n):.0%} of the time."
-        )
-    return found
+    units = max((row["units"] for row in rows), default=0)
+    if not open_ones:
+        return []
+    # Networks of one seed say less than as many independent ones and no less than one of them.
+    few = f" (if those of one seed said nothing new, {power(units):.0%})" if units < n else ""
+    return [
+        f"{compared[0]['first_label']} is not shown to predict better or worse than {_list(open_ones)}. With {n} independent "
+        f"networks, correlations of 0.40 and 0.25 would be told apart {power(n):.0%} of the time{few}."
+    ]
 
 
 def power(n: int, r12: float = 0.40, r13: float = 0.25, r23: float = 0.35) -> float:
@@ -286,3 +304,13 @@ def _rho(association: Association, x: Any, y: Any) -> float:
 
 def _list(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def signed(rho: float) -> str:
+    """A correlation with its sign, a minus being a minus.
+
+    Example:
+        >>> signed(-0.314)
+        '−0.31'
+    """
+    return f"{rho:+.2f}".replace("-", "−")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
 from flatminima.names import unknown
+from flatminima.study.value_names import word
 
 SCHEMA = 1
 OUTCOMES = ("supported", "refuted", "undecided")
@@ -18,35 +21,68 @@ OUTCOMES = ("supported", "refuted", "undecided")
 KINDS: Mapping[str, tuple[frozenset[str], str]] = {
     "predicts": (
         frozenset({"measure", "given", "margin", "data_sets"}),
-        "Supported if the {level:.0%} interval of the partial rank correlation with {outcome}, within cells, lies above 0 on "
-        "at least {data_sets} data sets and all there are. Refuted if on one of them the interval lies below 0, or the "
-        "{inner:.0%} interval lies within ±{margin:g}.",
+        "Supported if the {level:.0%} interval of the partial rank correlation of {measure} with {outcome} given {given}, "
+        "within cells, lies above 0 on at least {data_sets} data sets and all there are. Refuted if on one of them the "
+        "interval lies below 0, or the {inner:.0%} interval lies within ±{margin:g}.",
     ),
     "beats": (
         frozenset({"measure", "rivals", "margin", "data_sets"}),
-        "Supported if the {level:.0%} interval of the difference in size of the rank correlations lies above 0 against every "
-        "rival on at least {data_sets} data sets and all there are. Refuted if against one of them it lies below 0, or its "
-        "{inner:.0%} interval lies within ±{margin:g}.",
+        "Supported if the {level:.0%} interval of the difference in size between the rank correlations of {measure} and of a "
+        "rival with {outcome} lies above 0 against every rival ({rivals}) on at least {data_sets} data sets and all there "
+        "are. Refuted if against one of them it lies below 0, or its {inner:.0%} interval lies within ±{margin:g}.",
     ),
     "indifferent": (
         frozenset({"measure", "rivals", "margin", "data_sets"}),
-        "Against the rival whose rank correlation with one half of the test set is largest in size, measured on the other "
-        "half: supported if the {inner:.0%} interval of the difference in size lies within ±{margin:g} on at least {data_sets} "
-        "data sets and all there are. Refuted if on one of them the {level:.0%} interval lies outside.",
+        "{measure} against the one of its rivals ({rivals}) whose rank correlation with one half of the test set is largest "
+        "in size, both measured on the other half: supported if the {inner:.0%} interval of the difference in size lies "
+        "within ±{margin:g} on at least {data_sets} data sets and all there are. Refuted if on one of them the {level:.0%} "
+        "interval lies outside.",
     ),
     "batch": (
         frozenset({"margins"}),
         "Large minus small batch at the same learning rate and number of rows, paired by seed and averaged over learning "
-        "rates. Supported if for every number of rows two one-sided tests show that it is smaller than the margin. Refuted if "
-        "for one of them the {level:.0%} interval, widened for their number, lies outside the margin.",
+        "rates. Supported if for every number of rows two one-sided tests show that it is smaller than the margin "
+        "({margins}). Refuted if for one of them the {level:.0%} interval, widened for their number, lies outside the margin.",
     ),
     "coordinates": (
         frozenset({"measure", "invariant", "margin", "keeps", "data_sets"}),
-        "Supported if after random function-preserving moves the {inner:.0%} interval of the rank correlation lies within "
-        "±{margin:g}, while that of the invariant version is larger in size than {keeps:.0%} of the original's, both on at "
-        "least {data_sets} data sets and all there are. Refuted if on one of them either is shown to be otherwise, undecided "
-        "if the original shows no correlation.",
+        "Supported if after random function-preserving moves the {inner:.0%} interval of the rank correlation of {measure} "
+        "with {outcome} lies within ±{margin:g}, while that of {invariant} is larger in size than {keeps:.0%} of the "
+        "original's, both on at least {data_sets} data sets and all there are. Refuted if on one of them either is shown to "
+        "be otherwise, undecided if the original shows no correlation.",
     ),
+}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+
+
+def _steps(value: Any) -> bool:
+    """From 0 rows on, ascending: otherwise a number of rows has no margin, or the wrong one."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    if not all(isinstance(s, (list, tuple)) and len(s) == 2 and all(map(_number, s)) and s[1] > 0 for s in value):
+        return False
+    starts = [start for start, _ in value]
+    return bool(starts[0] == 0 and all(a < b for a, b in itertools.pairwise(starts)))
+
+
+#: Setting of a rule -> whether a value is one, and in words what is. A rule that cannot be applied would be noticed only
+#: once everything is trained.
+_SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "measure": (lambda value: isinstance(value, str), "the name of a measure"),
+    "invariant": (lambda value: isinstance(value, str), "the name of a measure"),
+    "given": (_names, "a list of names"),
+    "rivals": (lambda value: _names(value) and len(value) > 0, "a list of at least one measure"),
+    "margin": (lambda value: _number(value) and 0 < value < 1, "a number between 0 and 1"),
+    "keeps": (lambda value: _number(value) and 0 < value <= 1, "a share, more than 0 and at most 1"),
+    "data_sets": (lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0, "1 or more"),
+    "margins": (_steps, "pairs of a number of rows and a margin above 0, ascending, the first from 0 rows on"),
 }
 
 
@@ -74,11 +110,15 @@ class Hypothesis:
         if self.kind not in KINDS:
             raise PreregistrationError(unknown("kind of rule", self.kind, KINDS))
         expected = KINDS[self.kind][0]
-        if set(self.settings) != expected:
+        if not isinstance(self.settings, Mapping) or set(self.settings) != expected:
             raise PreregistrationError(
                 f"rule {self.name} of kind {self.kind} is given {', '.join(sorted(self.settings)) or 'nothing'}: "
                 f"expected {', '.join(sorted(expected))}"
             )
+        for name, value in self.settings.items():
+            sound, words = _SETTINGS[name]
+            if not sound(value):
+                raise PreregistrationError(f"rule {self.name}: {name} is {value!r}: expected {words}")
 
 
 @dataclass(frozen=True)
@@ -112,11 +152,15 @@ class Preregistration:
     written: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        if not self.hypotheses:
+            raise PreregistrationError("there is no rule: expected at least one hypothesis")
         names = [hypothesis.name for hypothesis in self.hypotheses]
         if len(set(names)) < len(names):
             raise PreregistrationError(f"two rules have one name: {', '.join(names)}")
         if not 0.5 < self.level < 1:
             raise PreregistrationError(f"level is {self.level}: expected more than 0.5 and less than 1")
+        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 100:
+            raise PreregistrationError(f"draws is {self.draws!r}: expected a whole number of at least 100")
 
     @property
     def inner(self) -> float:
@@ -125,8 +169,16 @@ class Preregistration:
 
     def rule(self, hypothesis: Hypothesis) -> str:
         """What decides a hypothesis, in words."""
-        words = {"level": self.level, "inner": self.inner, "outcome": self.outcome} | dict(hypothesis.settings)
-        return KINDS[hypothesis.kind][1].format(**words)
+        words: dict[str, Any] = {"level": self.level, "inner": self.inner, "outcome": word(self.outcome)}
+        for name, value in hypothesis.settings.items():
+            if name == "margins":
+                words[name] = "; ".join(f"{100 * margin:g} points from {start:,} rows on" for start, margin in value)
+            elif isinstance(value, (list, tuple)):
+                words[name] = ", ".join(map(word, value)) or "nothing"
+            else:
+                words[name] = word(value) if isinstance(value, str) else value
+        said = KINDS[hypothesis.kind][1].format(**words)
+        return said[0].upper() + said[1:]
 
     @cached_property
     def digest(self) -> str:
@@ -225,3 +277,21 @@ def weakness_rules(study: str, *, data_sets: int = 2, batch: bool = False, writt
         ),
     )  # fmt: skip
     return Preregistration(study, rules, written=written)
+
+
+def differs(found: Preregistration, expected: Preregistration) -> list[str]:
+    """A caution where the rules of a database are not those that this version writes.
+
+    The hash inside a file shows a change made by hand, but whoever can write the file can write its hash anew. The rules of a
+    shipped study are known elsewhere too: here.
+
+    Example:
+        >>> differs(weakness_rules("s"), weakness_rules("s", data_sets=1))[0][:45]
+        'The rules of decision in the databases (hash '
+    """
+    if found == expected:
+        return []
+    return [
+        f"The rules of decision in the databases (hash {found.digest[:12]}) are not those of this version "
+        f"({expected.digest[:12]}): another version wrote them, or they were changed and their hash with them."
+    ]

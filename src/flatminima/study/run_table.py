@@ -100,9 +100,12 @@ class RunTable:
 
     @cached_property
     def cells(self) -> list[Hashable]:
-        """The cell of each: its factors and its training subset, all that is the same for networks that differ in seed."""
+        """The cell of each: its study, factors and training subset, all that is the same for networks that differ in seed.
+
+        Studies that are reported together differ in what is no factor of either: networks, stop criteria.
+        """
         return [
-            (tuple((name, hashable(value)) for name, value in record.spec["cell"].items()), subset)
+            (record.spec.get("study"), tuple((n, hashable(v)) for n, v in record.spec["cell"].items()), subset)
             for record, subset in zip(self.records, self.subsets, strict=True)
         ]
 
@@ -112,10 +115,21 @@ class RunTable:
         return [(r.spec["data"]["name"], r.spec["seed"], r.spec["order_seed"]) for r in self.records]
 
     def settings(self) -> list[dict[str, Hashable]]:
-        """Factors, training subset and seed of each, for statistics along single axes."""
+        """Factors, training subset and seed of each, for statistics along single axes; the same names for all.
+
+        The study, and the seed of the order where it is not that of the network, only where networks differ in them: they tell
+        networks apart that are otherwise alike. A factor that a network's study does not vary is ``None``.
+        """
+        factors = dict.fromkeys(name for record in self.records for name in record.spec["cell"])
+        studies = len({record.spec.get("study") for record in self.records}) > 1
+        seeds = [(record.spec["seed"], record.spec["order_seed"]) for record in self.records]
+        orders = len(set(seeds)) > len({seed for seed, _ in seeds})
         return [
-            {name: hashable(value) for name, value in record.spec["cell"].items()}
-            | {"subset": record.spec["data"]["subset_seed"], "seed": record.spec["seed"]}
+            {name: hashable(record.spec["cell"].get(name)) for name in factors}
+            | {"subset": record.spec["data"]["subset_seed"]}
+            | ({"study": record.spec.get("study")} if studies else {})
+            | {"seed": record.spec["seed"]}
+            | ({"order": record.spec["order_seed"]} if orders else {})
             for record in self.records
         ]
 
@@ -139,3 +153,14 @@ def resampling_units(table: RunTable) -> tuple[Sequence[Hashable], str]:
     if len(set(starts)) < len(starts):
         return starts, "seeds, each with all its networks"
     return list(range(len(table))), "networks"
+
+
+def shared_seeds(table: RunTable) -> Sequence[Hashable] | None:
+    """The clusters of a bootstrap over these networks: their seeds, where one was trained more than once.
+
+    Example:
+        >>> shared_seeds(RunTable(())) is None
+        True
+    """
+    units, _ = resampling_units(table)
+    return units if len(set(units)) < len(table) else None

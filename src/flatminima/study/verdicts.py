@@ -15,6 +15,7 @@ from flatminima.study.joint_ranks import JointRanks, complete
 from flatminima.study.preregister import Hypothesis, Preregistration
 from flatminima.study.run_table import RunTable, resampling_units
 from flatminima.study.statistics import holm
+from flatminima.study.value_names import word
 
 Part = dict[str, Any]
 _LEAST = 10  # networks
@@ -58,7 +59,7 @@ class Verdict:
         against = [part["what"] for part in self.parts if part["outcome"] == "refuted"]
         open_parts = [part["what"] for part in self.parts if part["outcome"] == "undecided"]
         if against:
-            return f"Refuted by {_few(against)}."
+            return f"Contradicted by {_few(against)}."
         if self.reasons:
             return " ".join(self.reasons)
         if open_parts:
@@ -72,15 +73,15 @@ def decide(table: RunTable, rules: Preregistration) -> list[dict[str, Any]]:
     """The verdict on every hypothesis, JSON-ready.
 
     Args:
-        table: all records; those that did not finish are left out here and counted elsewhere.
+        table: all records. Those that did not finish enter no number, but a data set or a number of rows on which nothing
+            finished is one that the rule asks about, and leaves its hypothesis open.
         rules: written before.
 
     Returns:
         For each ``{"name", "kind", "statement", "rule", "outcome", "reason", "p", "p_holm", "parts"}``.
     """
-    finished = table.finished
     alpha = 1 - rules.level
-    verdicts = [_KINDS[hypothesis.kind](finished, hypothesis, rules) for hypothesis in rules.hypotheses]
+    verdicts = [_KINDS[hypothesis.kind](table, hypothesis, rules) for hypothesis in rules.hypotheses]
     for verdict, p in zip(verdicts, holm([verdict.p for verdict in verdicts]), strict=True):
         verdict.p_holm = p
     return [
@@ -110,8 +111,11 @@ def _samples(table: RunTable, verdict: Verdict, names: Sequence[str]) -> list[_S
     """One for each data set; what is missing becomes a reason."""
     found = []
     for data in table.data_sets:
-        part = table.of_data(data)
-        absent = [name for name in names if part.full_name(name) is None]
+        part = table.of_data(data).finished
+        if not len(part):
+            verdict.reasons.append(f"On {data} no network has finished.")
+            continue
+        absent = [word(name) for name in names if part.full_name(name) is None]
         if absent:
             verdict.reasons.append(f"On {data} there is no {', '.join(absent)}.")
             continue
@@ -125,7 +129,7 @@ def _samples(table: RunTable, verdict: Verdict, names: Sequence[str]) -> list[_S
         found.append(_Sample(data, columns, JointRanks(columns, kept.cells, resampling_units(kept)[0])))
     wanted = int(verdict.hypothesis.settings["data_sets"])
     if len(table.data_sets) < wanted:
-        verdict.reasons.append(f"It asks for {wanted} data sets, and there are {len(table.data_sets)}.")
+        verdict.reasons.append(f"It asks for {wanted} data sets; here: {', '.join(table.data_sets) or 'none'}.")
     return found
 
 
@@ -156,7 +160,7 @@ def _predicts(table: RunTable, hypothesis: Hypothesis, rules: Preregistration) -
     for sample in _samples(table, verdict, [rules.outcome, s["measure"], *given]):
         sample.joint.ask("partial", lambda pooled, within: within.rho(s["measure"], rules.outcome, given))
         found = sample.joint.answer(draws=rules.draws, seed=rules.seed)
-        what = f"partial correlation of {s['measure']}"
+        what = f"partial correlation of {word(s['measure'])}"
         verdict.parts.append(_part(sample, what, found["partial"], rules, s["margin"], True))
     return verdict
 
@@ -169,7 +173,7 @@ def _beats(table: RunTable, hypothesis: Hypothesis, rules: Preregistration) -> V
         found = sample.joint.answer(draws=rules.draws, seed=rules.seed)
         for rival in s["rivals"]:
             difference = difference_of_sizes(found[s["measure"]], found[rival])
-            what = f"{s['measure']} against {rival}"
+            what = f"{word(s['measure'])} against {word(rival)}"
             verdict.parts.append(_part(sample, what, difference, rules, s["margin"], True))
     return verdict
 
@@ -185,7 +189,7 @@ def _indifferent(table: RunTable, hypothesis: Hypothesis, rules: Preregistration
         sizes = {rival: abs(float(found[f"chosen/{rival}"].value[0])) for rival in s["rivals"]}
         best = max(sizes, key=lambda rival: sizes[rival] if math.isfinite(sizes[rival]) else -1.0)
         difference = difference_of_sizes(found[s["measure"]], found[best])
-        what = f"{s['measure']} against {best}, the best of {len(s['rivals'])} on half a, on half b"
+        what = f"{word(s['measure'])} against {word(best)}, the best of {len(s['rivals'])} on half a, on half b"
         verdict.parts.append(_part(sample, what, difference, rules, s["margin"], False))
     return verdict
 
@@ -201,12 +205,14 @@ def _coordinates(table: RunTable, hypothesis: Hypothesis, rules: Preregistration
         kept = difference_of_sizes(found[s["invariant"]], found[measure], s["keeps"])
         shown = raw.low > 0 or raw.high < 0
         parts = [
-            _part(sample, f"{measure} after random moves", found[moved], rules, s["margin"], False),
+            _part(sample, f"{word(measure)} after random moves", found[moved], rules, s["margin"], False),
             # No margin of its own: that it keeps less is what refutes it.
-            _part(sample, f"{s['invariant']} beyond {s['keeps']:.0%} of {measure}", kept, rules, 1e-9, True),
+            _part(
+                sample, f"{word(s['invariant'])} beyond {s['keeps']:.0%} of {word(measure)}", kept, rules, 1e-9, True
+            ),
         ]
         if not shown:
-            verdict.reasons.append(f"On {sample.data} {measure} itself shows no correlation to explain.")
+            verdict.reasons.append(f"On {sample.data} {word(measure)} itself shows no correlation to explain.")
             parts = [part | {"outcome": "undecided"} for part in parts]
         verdict.parts += parts
     return verdict
