@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from flatminima.cli import main
-from flatminima.protocols.study_files import SHIPPED, read_study, run_parts, shipped
+from flatminima.protocols.study_files import SHIPPED, Found, read_study, run_parts, shipped
 from flatminima.protocols.vanishing import _claims as vanishing_claims
 from flatminima.protocols.vanishing import (
     cells,
@@ -23,10 +23,18 @@ from flatminima.protocols.vanishing import (
     trace_correlations,
     vanishing_parts,
 )
-from flatminima.protocols.weakness import _claims, correlations, network_columns, reproduce_weakness, weakness_parts
+from flatminima.protocols.weakness import (
+    _claims,
+    _verdicts,
+    correlations,
+    network_columns,
+    reproduce_weakness,
+    weakness_parts,
+)
 from flatminima.report.vanishing_page import render_vanishing
 from flatminima.report.weakness_page import render_weakness
-from flatminima.study.database import StudyDatabase
+from flatminima.study.database import StudyDatabase, StudyError
+from flatminima.study.preregister import differs, weakness_rules
 from flatminima.study.run_spec import Record, RunSpec
 from flatminima.study.run_table import RunTable
 
@@ -130,6 +138,43 @@ def test_claims_are_reproduced_if_the_published_value_is_inside_and_a_correlatio
     assert "without the published +0.374" in strong.verdict
     none = _claims(made_up_proxies(0.0))[0]
     assert "no correlation is shown" in none.verdict
+
+
+def test_seeds_that_were_trained_on_several_subsets_are_drawn_together():
+    """The same networks three times say no more than once: the interval is that of one subset, and not narrower."""
+    rng, first = np.random.default_rng(5), shipped("head-to-head-mnist").runs()
+    by_seed, records = {}, []
+    for run in first:
+        skill, noise = by_seed.setdefault(run.seed, rng.normal(size=2))
+        values = {"test.accuracy": 0.7 + 0.01 * skill, "measure.pair_proxy": 0.5 * skill + noise}
+        records.append(Record(run.id, run.to_dict(), "finished", values={k: float(v) for k, v in values.items()}))
+    subset = first[0].data.subset_seed
+    alone = RunTable(tuple(r for r in records if r.spec["data"]["subset_seed"] == subset))
+    (one,), (all_,) = correlations(alone), correlations(RunTable(tuple(records)))
+    assert (one["raw"]["n"], all_["raw"]["n"], all_["raw"]["units"]) == (142, 426, 142)
+    assert all_["raw"]["high"] - all_["raw"]["low"] == pytest.approx(one["raw"]["high"] - one["raw"]["low"], rel=0.1)
+
+
+def test_claims_do_without_networks_that_lack_a_measure():
+    table = made_up_proxies(0.4)
+    first = table.records[0]
+    values = {k: v for k, v in first.values.items() if k != "measure.pair_proxy"}
+    missed = Record(first.id, first.spec, "missed", "accuracy 0.996 at the cap", values)
+    found = _claims(RunTable((missed, *table.records[1:])))
+    assert [claim.parameters["networks"] for claim in found] == [99, 100, 100]
+
+
+def test_rules_of_another_study_are_refused_and_changed_ones_said(tmp_path):
+    rules, other = weakness_rules("head-to-head"), weakness_rules("head-to-head", data_sets=1)
+    made = [
+        Found(shipped(name), RunTable(made_up_proxies(0.4).records[:1]), given, (), tmp_path / name)
+        for name, given in (("head-to-head-mnist", rules), ("head-to-head-fashion-mnist", other))
+    ]
+    with pytest.raises(StudyError, match="has other rules of decision than"):
+        _verdicts(made)
+    assert _verdicts(made[:1]) == ([], rules)
+    assert differs(rules, weakness_rules("head-to-head")) == []
+    assert "are not those of this version" in differs(other, rules)[0]
 
 
 def test_missed_networks_stand_beside_the_abstract_and_nowhere_else():

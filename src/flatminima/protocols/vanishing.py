@@ -21,9 +21,9 @@ from flatminima.protocols.claims import PAPER, Claim, finite
 from flatminima.protocols.study_files import Found, Part, run_parts, shipped
 from flatminima.protocols.weakness import OUTCOME, labels, network_columns
 from flatminima.study.correlation import spearman
-from flatminima.study.preregister import weakness_rules
+from flatminima.study.preregister import differs, weakness_rules
 from flatminima.study.run_spec import Record
-from flatminima.study.run_table import RunTable
+from flatminima.study.run_table import RunTable, shared_seeds
 from flatminima.study.subsets import load_subset
 from flatminima.study.verdicts import decide
 
@@ -104,7 +104,10 @@ def reproduce_vanishing(
         "studies": studies,
         "labels": labels(studies),
     }
-    plain: dict[str, Any] = finite(results | _summary(claims, differences, studies, verdicts))
+    summary = _summary(claims, differences, studies, verdicts)
+    if rules is not None:
+        summary["cautions"] += differs(rules, weakness_rules(GRID, batch=True))
+    plain: dict[str, Any] = finite(results | summary)
     return plain
 
 
@@ -177,6 +180,7 @@ def trace_correlations(table: RunTable) -> list[dict[str, Any]]:
         if min(sum(cell["batch"] == batch for cell in part.spec("cell")) for batch in _SOURCE) < 3:
             continue
         y, regimes = part.column(OUTCOME), [cell["batch"] for cell in part.spec("cell")]
+        seeds = shared_seeds(part)
         for name in ("measure.source_trace", "measure.trace", "measure.orbit_minimal_trace", *_PATTERNS):
             if name not in part.names:
                 continue
@@ -185,12 +189,13 @@ def trace_correlations(table: RunTable) -> list[dict[str, Any]]:
                 continue
             entry: dict[str, Any] = {
                 "rows": rows, "name": name.removeprefix("measure."), "networks": len(part),
-                "pooled": spearman(x, y, strata=regimes).to_dict(), "within": spearman(x, y, cells=regimes).to_dict(),
-                "reliability": None,
+                "pooled": spearman(x, y, strata=None if seeds else regimes, clusters=seeds).to_dict(),
+                "within": spearman(x, y, cells=regimes, clusters=seeds).to_dict(), "reliability": None,
             }  # fmt: skip
-            if name == "measure.source_trace":
-                first, second = (part.column(f"repeat.source_trace.{i}") for i in (1, 2))
-                entry["reliability"] = spearman(first, second, cells=regimes).to_dict()
+            repeats = [f"repeat.source_trace.{i}" for i in (1, 2)]
+            if name == "measure.source_trace" and set(repeats) <= set(part.names):
+                first, second = map(part.column, repeats)
+                entry["reliability"] = spearman(first, second, cells=regimes, clusters=seeds).to_dict()
             found.append(entry)
     return found
 

@@ -19,12 +19,19 @@ import flatminima
 from flatminima.data import DataError
 from flatminima.measures import MEASURES
 from flatminima.names import unknown
-from flatminima.protocols.claims import PAPER, Claim, finite
+from flatminima.protocols.claims import PAPER, Claim, finite, signed
 from flatminima.protocols.study_files import Found, Part, run_parts, shipped
 from flatminima.study.bootstrap import Estimate
 from flatminima.study.correlation import spearman
-from flatminima.study.preregister import CLASSICAL_RIVALS, INVARIANT_SHARPNESS, Preregistration, weakness_rules
-from flatminima.study.run_table import RunTable
+from flatminima.study.database import StudyError
+from flatminima.study.preregister import (
+    CLASSICAL_RIVALS,
+    INVARIANT_SHARPNESS,
+    Preregistration,
+    differs,
+    weakness_rules,
+)
+from flatminima.study.run_table import RunTable, shared_seeds
 from flatminima.study.study_measures import STUDY_MEASURES
 from flatminima.study.subsets import load_subset
 from flatminima.study.verdicts import decide
@@ -114,7 +121,10 @@ def reproduce_weakness(
         "studies": studies,
         "labels": labels(studies),
     }  # fmt: skip
-    plain: dict[str, Any] = finite(results | _summary(claims, studies, verdicts))
+    summary = _summary(claims, studies, verdicts)
+    if rules is not None:
+        summary["cautions"] += differs(rules, weakness_rules(HEAD_TO_HEAD))
+    plain: dict[str, Any] = finite(results | summary)
     return plain
 
 
@@ -122,14 +132,14 @@ def correlations(table: RunTable, outcome: str = OUTCOME) -> list[dict[str, Any]
     """Spearman's correlation of every measure with an outcome over the finished networks, and again on random orbits.
 
     Returns:
-        For each measure ``{"name", "raw", "orbit"}``, estimates with 95 % BCa intervals, pooled over cells; ``None`` where
-        a measure has fewer than ten numbers or only one.
+        For each measure ``{"name", "raw", "orbit"}``, estimates with 95 % BCa intervals, ranked within training subsets; a
+        seed that was trained on several is drawn with all its networks. ``None`` where a measure has fewer than ten numbers or
+        only one.
     """
     finished = table.finished
     if not len(finished):
         return []
     y = finished.column(outcome)
-    subsets = finished.subsets
     found = []
     for name in finished.labels("measure."):
         entry: dict[str, Any] = {"name": name}
@@ -139,9 +149,9 @@ def correlations(table: RunTable, outcome: str = OUTCOME) -> list[dict[str, Any]
                 x = finished.column(prefix + name)
                 there = np.isfinite(x) & np.isfinite(y)
                 if there.sum() >= _LEAST and np.ptp(x[there]) > 0:
-                    cells = [subset for subset, ok in zip(subsets, there, strict=True) if ok]
-                    within = cells if len(set(cells)) > 1 else None
-                    entry[kind] = spearman(x[there], y[there], cells=within).to_dict()
+                    kept = finished.rows(np.flatnonzero(there))
+                    within = kept.subsets if len(set(kept.subsets)) > 1 else None
+                    entry[kind] = spearman(x[there], y[there], cells=within, clusters=shared_seeds(kept)).to_dict()
         found.append(entry)
     return found
 
@@ -199,13 +209,19 @@ def _claims(table: RunTable) -> list[Claim]:
     data = finished.data_sets[0]
     y, claims = finished.column(OUTCOME), []
     for name, (rho, p) in PUBLISHED.get(data, {}).items():
-        found = spearman(finished.column(name), y)
+        if finished.full_name(name) is None:
+            continue
+        x = finished.column(name)
+        there = np.isfinite(x) & np.isfinite(y)  # a network that missed its criterion can lack a measure
+        if there.sum() < _LEAST:
+            continue
+        found = spearman(x[there], y[there])
         says = "does not predict" if rho is None else "predicts"
-        claim = Claim(f"{_NAMES[name]} {says} test accuracy on {data}", {"networks": len(finished)}, PAPER)
+        claim = Claim(f"{_NAMES[name]} {says} test accuracy on {data}", {"networks": int(there.sum())}, PAPER)
         claim.expected["Spearman's ρ"] = "no correlation" if rho is None else rho
         claim.measured["Spearman's ρ"] = found.value
-        claim.expected["95 % interval"] = "holds 0" if rho is None else f"holds {rho:+.3f}, and not 0"
-        claim.measured["95 % interval"] = f"{found.low:+.3f} to {found.high:+.3f}"
+        claim.expected["95 % interval"] = "holds 0" if rho is None else f"holds {signed(rho, '.3f')}, and not 0"
+        claim.measured["95 % interval"] = _span(found)
         claim.expected["p"] = "not given" if p is None else p
         claim.measured["p"] = found.p
         claim.failures += _failures(found, rho)
@@ -214,16 +230,27 @@ def _claims(table: RunTable) -> list[Claim]:
 
 
 def _failures(found: Estimate, rho: float | None) -> list[str]:
-    inside = f"interval is {found.low:+.3f} to {found.high:+.3f}"
+    inside = f"interval is {_span(found)}"
     if rho is None:
         return [] if found.p > _ALPHA else [f"there is a correlation: {inside}"]
-    failures = [] if found.low <= rho <= found.high else [f"{inside}, without the published {rho:+.3f}"]
+    failures = [] if found.low <= rho <= found.high else [f"{inside}, without the published {signed(rho, '.3f')}"]
     return failures + ([] if found.low > 0 or found.high < 0 else [f"{inside}: no correlation is shown"])
+
+
+def _span(found: Estimate) -> str:
+    return f"{signed(found.low, '.3f')} to {signed(found.high, '.3f')}"
 
 
 def _verdicts(studies: Sequence[Found]) -> tuple[list[dict[str, Any]], Preregistration | None]:
     """The rules decided on all head-to-head studies together, once every network has been tried."""
-    rules = next((study.rules for study in studies if study.rules is not None), None)
+    there = [study for study in studies if len(study.table)]
+    rules = next((study.rules for study in there if study.rules is not None), None)
+    for study in there:
+        if study.rules != rules:
+            raise StudyError(
+                f"{study.path} has other rules of decision than {there[0].path}: expected the same for studies that are judged "
+                "together; flatminima study report reads them one by one"
+            )
     if rules is None or any(study.counts["not run"] for study in studies):
         return [], rules
     table = RunTable(tuple(record for study in studies for record in study.table.records))
@@ -254,6 +281,8 @@ def _summary(
         answer = f"Reproduced: all {good} correlations of the abstract lie within the 95 % intervals found here."
     else:
         answer = f"Reproduced in part: {good} of {len(claims)} correlations of the abstract."
+    if claims and any(study["counts"]["not run"] for study in studies if study["name"].startswith("pair-proxy")):
+        answer = f"Not complete; so far: {answer[0].lower()}{answer[1:]}"
     details = [line for study in studies if (line := _rivals(study))]
     details += [f"{v['name']}: {v['statement']} {v['outcome'].capitalize()}. {v['reason']}" for v in verdicts]
     return {"answer": answer, "details": details, "cautions": _cautions(studies, verdicts)}
@@ -289,8 +318,9 @@ def _cautions(studies: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[s
             found.append(f"{study['name']}: {counts['not run']} of {counts['networks']} networks were not run.")
         if counts["missed"] or counts["failed"]:
             found.append(
-                f"{study['name']}: {counts['missed']} networks missed their stop criterion and {counts['failed']} failed; "
-                "they are left out, but for the missed ones beside the abstract, which does not leave them out."
+                f"{study['name']}: {counts['missed']} of {counts['networks']} networks missed their stop criterion and "
+                f"{counts['failed']} failed; they are left out, but for the missed ones beside the abstract, which does not "
+                "leave them out."
             )
     names = [study["name"] for study in studies]
     if {"pair-proxy-mnist", "pair-proxy-fashion-mnist"} <= set(names):
