@@ -46,14 +46,16 @@ def _shared_exponent(*values: float) -> int:
 def plain(value: object, digits: int = 4) -> str:
     """Write one number to ``digits`` significant digits.
 
-    >>> plain(0.123456), plain(-1234567.0), plain(None)
-    ('0.1235', '−1.235 × 10⁶', '–')
+    >>> plain(0.123456), plain(-1234567.0), plain(9.999e-5, 2), plain(None)
+    ('0.1235', '−1.235 × 10⁶', '1.0 × 10⁻⁴', '–')
     """
     number = as_float(value)
     if number is None:
         return MISSING
     if math.isinf(number):
         return "∞" if number > 0 else "−∞"
+    if number:  # round first: 9.999e-5 to two digits is 1.0e-4, with another exponent
+        number = float(f"{number:.{digits - 1}e}")
     power = _shared_exponent(number)
     scaled = number / 10.0**power
     text = _fixed(scaled, digits - 1 - _exponent(scaled)) if scaled else "0"

@@ -8,7 +8,19 @@ from typing import Any
 import plotly.graph_objects as go
 
 from flatminima.report.numbers import as_finite, plain
-from flatminima.report.panels import Panel, axis, colour, drawn, is_log, log_axis, log_range, marker, safe, spread
+from flatminima.report.panels import (
+    Panel,
+    axis,
+    colour,
+    drawn,
+    is_log,
+    log_axis,
+    log_range,
+    marker,
+    safe,
+    spread,
+    wrapped,
+)
 
 Results = Mapping[str, Any]
 #: Kind of correlation -> what it is called; the order of colours.
@@ -82,12 +94,16 @@ def forest(results: Results) -> list[Panel]:
             "type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "layer": "below",
             "line": {"color": "var(--muted)", "width": 1.4},
         }  # fmt: skip
+        # In lines that leave a telephone room for the plot, and rows high enough for them.
+        labels = [wrapped(row["label"], 20) for row in rows]
+        height = max(30, 11 * len(shown), 15 * max(1 + label.count("<br>") for label in labels))
         y = axis(
-            "", tickmode="array", tickvals=list(range(len(rows))), ticktext=[safe(row["label"]) for row in rows],
+            "", tickmode="array", tickvals=list(range(len(rows))), ticktext=labels,
             range=[len(rows) - 0.5, -0.5], showgrid=False, ticks="", showline=False,
         )  # fmt: skip
-        x = axis(f"Spearman's ρ with {safe(results['outcome'])}", range=[max(low, -1.05), min(high, 1.05)], nticks=9)
-        figure = drawn(traces, x, y, 70 + max(30, 11 * len(shown)) * len(rows), shapes=[*stripes, zero])
+        # Short and few: on a telephone the plot is 100 pixels wide.
+        x = axis("Spearman's ρ", range=[max(low, -1.05), min(high, 1.05)], nticks=5, tickangle=0)
+        figure = drawn(traces, x, y, 70 + height * len(rows), shapes=[*stripes, zero])
         title = f"{part['name']}, {part['n']} networks"
         panels.append(
             Panel(figure, title, f"Correlations of every measure with {results['outcome']} on {part['name']}.")
@@ -145,9 +161,9 @@ def scatter(results: Results) -> list[Panel]:
                         )
                     )  # fmt: skip
             log = is_log(values, 20.0)
-            scale = log_axis(*log_range(values)) if log else {"range": list(spread(values)), "nticks": 4}
+            scale = log_axis(*log_range(values)) if log else {"range": list(spread(values)), "nticks": 3}
             main = row["within"] or row["raw"] or {}
-            x = axis(safe(row["label"]), **scale)
+            x = axis("", **scale)  # the title above says what it is, in two lines where it is long
             y = axis("accuracy, %", range=list(spread(outcomes)))
             title = f"{row['label']}, {part['name']}: ρ = {signed(main.get('value'))}"
             figure = drawn(traces, x, y, 230)
