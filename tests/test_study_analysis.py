@@ -480,6 +480,54 @@ def test_a_matching_cell_that_nobody_finished_matches_nothing() -> None:
     assert "Batch sizes differ in learning rate too at 250 rows" in "\n".join(analyse(records, draws=100)["cautions"])
 
 
+def test_measures_without_a_row_are_named() -> None:
+    """A measure that is the same for all, or that few networks have, has no correlation: that is said, not passed over."""
+    records = seeds_study(40, {"measure.trace": -0.5, "measure.pair_proxy": 0.0, "measure.path_norm": 0.0})
+    for i, r in enumerate(records):
+        r.values["measure.pair_proxy"] = 1000.0
+        if i >= 4:
+            del r.values["measure.path_norm"]
+        if i >= 38:
+            del r.values["measure.trace"]
+        r.spec["measures"].append({"name": "llc", "label": "llc"})
+    cautions = "\n".join(analyse(records, draws=100)["cautions"])
+    assert "mnist: the same for all networks, and so without a correlation: pair proxy (1000)." in cautions
+    assert "numbers of fewer than 10 networks, and so without a correlation: path norm (4), " in cautions
+    assert "2 of 40 finished networks lack a number" in cautions
+
+
+def test_what_random_moves_take_away_is_named(simulated: list[Record]) -> None:
+    cautions = "\n".join(analyse(simulated, draws=300)["cautions"])
+    assert (
+        "mnist: correlations that are not seen after random moves that change no prediction: Hessian trace." in cautions
+    )
+    assert "rest on the coordinates" not in "\n".join(analyse(both({"measure.trace": -0.5}, 60), draws=100)["cautions"])
+
+
+def test_another_outcome_is_called_by_its_name() -> None:
+    records = seeds_study(40, {"measure.trace": -0.5})
+    for r in records:
+        r.values["test.loss"] = 2.0 - r.values["test.accuracy"]
+    found = analyse(records, outcome="test.loss", draws=100)
+    assert "correlates most with test loss" in found["answer"]
+    assert found["slopes"] == []
+    page = render_study(found)
+    own = page[: page.index("<script>")] + page[page.rindex("<script>") :]
+    assert "Which measures predict test loss" in own
+    assert "accuracy" not in re.sub(r"<details>.*?</details>", "", own, flags=re.S).replace(
+        "that it predicts accuracy", ""
+    )
+    cells = study_tables(found)["cells"]
+    assert cells.columns[4].text == "Test loss"
+    assert cells.rows[0][4].text == "1.199"
+
+
+def test_few_finished_networks_are_not_none() -> None:
+    page = render_study(analyse(seeds_study(5, WEAK), draws=100))
+    assert "No network has finished" not in page
+    assert "5 networks are too few for a correlation" in page
+
+
 def test_few_subsets_are_said_in_a_grid_too() -> None:
     rng = np.random.default_rng(3)
     records = [

@@ -14,8 +14,9 @@ from flatminima.report.page import Key, _drawings, _environment
 from flatminima.report.panels import symbol
 from flatminima.report.reproduction import check_schema
 from flatminima.report.study_tables import study_tables
+from flatminima.study.value_names import outcome_word
 
-_QUESTION = "Which measures predict accuracy, and what is left of that when confounders are held fixed?"
+_QUESTION = "Which measures predict {}, and what is left of that when confounders are held fixed?"
 
 
 def render_study(results: Mapping[str, Any]) -> str:
@@ -45,7 +46,8 @@ def render_study(results: Mapping[str, Any]) -> str:
     )
     context = {
         "results": results,
-        "question": _QUESTION,
+        "question": _QUESTION.format(outcome_word(results["outcome"])),
+        "predicted": outcome_word(results["outcome"]),
         "command": results["command"],
         "partial": counts["not run"] > 0,
         "facts": [

@@ -21,6 +21,7 @@ from flatminima.report.panels import (
     spread,
     wrapped,
 )
+from flatminima.study.value_names import is_share, outcome_word
 
 Results = Mapping[str, Any]
 #: Kind of correlation -> what it is called; the order of colours.
@@ -137,6 +138,8 @@ def levels(results: Results) -> tuple[str, list[str]]:
 def scatter(results: Results) -> list[Panel]:
     """Outcome against each measure, one panel for each measure and data set, one mark for each network."""
     factor, found_levels = levels(results)
+    percent, predicted = is_share(results["outcome"]), outcome_word(results["outcome"])
+    scale = 100.0 if percent else 1.0
     panels = []
     for part in results["data"]:
         for row in ordered(part["correlations"]):
@@ -145,7 +148,7 @@ def scatter(results: Results) -> list[Panel]:
             if not points:
                 continue
             values = [network["measures"][label] for network in points]
-            outcomes = [100 * network["outcome"] for network in points]
+            outcomes = [scale * network["outcome"] for network in points]
             traces = []
             for index, level in enumerate(found_levels):
                 own = [network for network in points if _level(network, factor) == level]
@@ -154,20 +157,22 @@ def scatter(results: Results) -> list[Panel]:
                     traces.append(
                         go.Scatter(
                             x=[network["measures"][label] for network in own],
-                            y=[100 * network["outcome"] for network in own],
+                            y=[scale * network["outcome"] for network in own],
                             mode="markers", marker=marker(index, 5) | {"opacity": 0.7},
-                            text=[_hover(network, network["measures"][label]) for network in own],
+                            text=[_hover(network, network["measures"][label], percent) for network in own],
                             hovertemplate="%{text}<extra></extra>",
                         )
                     )  # fmt: skip
             log = is_log(values, 20.0)
-            scale = log_axis(*log_range(values)) if log else {"range": list(spread(values)), "nticks": 3}
+            drawn_on = log_axis(*log_range(values)) if log else {"range": list(spread(values)), "nticks": 3}
             main = row["within"] or row["raw"] or {}
-            x = axis("", **scale)  # the title above says what it is, in two lines where it is long
-            y = axis("accuracy, %", range=list(spread(outcomes)))
+            x = axis("", **drawn_on)  # the title above says what it is, in two lines where it is long
+            y = axis(f"{predicted}, %" if percent else predicted, range=list(spread(outcomes)))
             title = f"{row['label']}, {part['name']}: ρ = {signed(main.get('value'))}"
             figure = drawn(traces, x, y, 230)
-            panels.append(Panel(figure, title, f"Accuracy against {row['label']} of each network on {part['name']}."))
+            panels.append(
+                Panel(figure, title, f"{predicted} against {row['label']} of each network on {part['name']}.")
+            )
     return panels
 
 
@@ -177,11 +182,12 @@ def _level(network: Mapping[str, Any], factor: str) -> str:
     return str(network["subset"]) if factor == "training subset" else str(network["cell"].get(factor, ""))
 
 
-def _hover(network: Mapping[str, Any], value: float) -> str:
+def _hover(network: Mapping[str, Any], value: float, percent: bool) -> str:
+    outcome = f"{100 * network['outcome']:.2f} %" if percent else plain(network["outcome"], 4)
     cell = ", ".join(f"{safe(name)} {safe(level)}" for name, level in network["cell"].items())
     return (
         f"seed {safe(network['seed'])}, subset {safe(network['subset'])}{'<br>' + cell if cell else ''}"
-        f"<br>{plain(value, 5)}: {100 * network['outcome']:.2f} %<br>run {safe(network['id'])}"
+        f"<br>{plain(value, 5)}: {outcome}<br>run {safe(network['id'])}"
     )
 
 

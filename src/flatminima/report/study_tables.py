@@ -9,6 +9,7 @@ from flatminima.report.markdown import escaped, markdown
 from flatminima.report.numbers import MISSING, as_finite, integer, plain
 from flatminima.report.study_plots import KINDS, kinds_shown, ordered, signed
 from flatminima.report.tables import Cell, Column, Table
+from flatminima.study.value_names import is_share, outcome_word
 
 Results = Mapping[str, Any]
 _TONES = {"supported": "good", "refuted": "bad", "undecided": ""}
@@ -121,7 +122,8 @@ def correlation_table(results: Results) -> Table:
                     Cell(_p(row["p"]), _p(corrected), (row["p"], corrected)),
                 )
             )
-    return Table("correlations", "Rank correlations with accuracy", columns, tuple(rows))
+    title = f"Rank correlations with {outcome_word(results['outcome'])}"
+    return Table("correlations", title, columns, tuple(rows))
 
 
 def reliability_table(results: Results) -> Table:
@@ -199,11 +201,12 @@ def sign_error_table(results: Results) -> Table:
             if found is None:
                 continue
             direction = "rises" if found["direction"] > 0 else "falls"
+            claimed = f"{direction} with {outcome_word(results['outcome'])}"
             numbers = (found["mean"], found["percentile_90"], found["worst"])
             shown = [MISSING if n is None else f"{n:.2f}" for n in numbers]
             rows.append(
                 (
-                    Cell(row["label"], f"{direction} with accuracy; {part['name']}"), Cell(shown[0], "", numbers[:1]),
+                    Cell(row["label"], f"{claimed}; {part['name']}"), Cell(shown[0], "", numbers[:1]),
                     Cell(shown[1], "", numbers[1:2]), Cell(shown[2], found["worst_at"], numbers[2:]),
                     Cell(integer(found["counted"]), f"of {found['environments']}"),
                 )
@@ -230,9 +233,11 @@ def selection_table(results: Results) -> Table:
 
 def cell_table(results: Results) -> Table:
     """Every cell, also those that nobody finished."""
+    percent, name = is_share(results["outcome"]), outcome_word(results["outcome"])
+    predicted = f"{name[0].upper()}{name[1:]}{', %' if percent else ''}"
     columns = (
         Column("Cell", "data, rows, subset", False), Column("Finished"), Column("Missed", "the stop criterion"),
-        Column("Failed"), Column("Accuracy, %", "standard deviation"), Column("Epochs", "median"), Column("Reasons", "", False),
+        Column("Failed"), Column(predicted, "standard deviation"), Column("Epochs", "median"), Column("Reasons", "", False),
     )  # fmt: skip
     rows = []
     several = len({cell["study"] for cell in results["cells"]}) > 1
@@ -250,7 +255,8 @@ def cell_table(results: Results) -> Table:
                     for status, bad in (("finished", False), ("missed", True), ("failed", True))
                 ),
                 Cell(
-                    MISSING if mean is None else f"{100 * mean:.2f}", "" if sd is None else f"± {100 * sd:.2f}", (mean, sd)
+                    MISSING if mean is None else f"{100 * mean:.2f}" if percent else plain(mean),
+                    "" if sd is None else f"± {100 * sd:.2f}" if percent else f"± {plain(sd, 2)}", (mean, sd),
                 ),
                 Cell(plain(cell["epochs"], 3), "", (as_finite(cell["epochs"]),)),
                 Cell("; ".join(cell["reasons"])),

@@ -19,6 +19,7 @@ from flatminima.study.preregister import Preregistration
 from flatminima.study.run_spec import STATUSES, Record
 from flatminima.study.run_table import RunTable
 from flatminima.study.statistics import LEVEL, benjamini_hochberg
+from flatminima.study.value_names import is_share, outcome_word
 from flatminima.study.verdicts import decide
 
 SCHEMA = 1
@@ -76,7 +77,7 @@ def analyse(
         "counts": _counts(table, planned),
         "cells": _cells(table, outcome),
         "data": [],
-        "slopes": slope_on_rows(table, outcome),
+        "slopes": slope_on_rows(table, outcome) if is_share(outcome) else [],
         "rules": None
         if rules is None
         else rules.to_dict() | {"words": {h.name: rules.rule(h) for h in rules.hypotheses}},
@@ -173,17 +174,20 @@ def _answer(found: Mapping[str, Any]) -> str:
     if not found["data"]:
         return "No network has finished."
     open_rules = ["No verdict yet."] if found["rules"] is not None else []
-    return " ".join([*open_rules, *(_strongest(part) for part in found["data"])])
+    return " ".join([*open_rules, *(_strongest(part, found["outcome"]) for part in found["data"])])
 
 
-def _strongest(part: Mapping[str, Any]) -> str:
+def _strongest(part: Mapping[str, Any], outcome: str) -> str:
+    predicted = outcome_word(outcome)
+    if not part["correlations"]:
+        return f"On {part['name']} {part['n']} networks are too few for a correlation."
     rows = [(row, row["within"] or row["raw"]) for row in part["correlations"]]
     shown = [(row, e) for row, e in rows if e and e["low"] is not None and (e["low"] > 0 or e["high"] < 0)]
     if not shown:
-        return f"On {part['name']} no measure is shown to correlate with accuracy over {part['n']} networks."
+        return f"On {part['name']} no measure is shown to correlate with {predicted} over {part['n']} networks."
     row, e = max(shown, key=lambda pair: abs(pair[1]["value"]))
     return (
-        f"On {part['name']} {row['label']} correlates most with accuracy over {part['n']} networks: ρ = "
+        f"On {part['name']} {row['label']} correlates most with {predicted} over {part['n']} networks: ρ = "
         f"{caveats.signed(e['value'])} [{caveats.signed(e['low'])}, {caveats.signed(e['high'])}]."
     )
 
@@ -191,13 +195,13 @@ def _strongest(part: Mapping[str, Any]) -> str:
 def _details(found: Mapping[str, Any]) -> list[str]:
     details = [f"{v['name']}, {v['statement']} {v['outcome'].capitalize()}: {v['reason']}" for v in found["verdicts"]]
     if found["verdicts"]:
-        details += [_strongest(part) for part in found["data"]]
+        details += [_strongest(part, found["outcome"]) for part in found["data"]]
     for slope in found["slopes"]:
         value, low, high = (caveats.signed(100 * slope[name]) for name in ("value", "low", "high"))
         change = f"{value} [{low}, {high}]"
         details.append(
             f"On {slope['data']} the accuracy of large minus small batches, at matched learning rates, changes by "
-            f"{change} points for every factor e of rows ({slope['n']} seeds)."
+            f"{change} points whenever the number of rows is multiplied by e = 2.72 ({slope['n']} seeds)."
         )
     for part in found["data"]:
         if part["selection"]:

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from flatminima.study.along_axes import evaluation_rows
-from flatminima.study.association import Association, measure_label
+from flatminima.study.association import LEAST, Association, measure_label
 from flatminima.study.dependent import meng_z
 from flatminima.study.rank_table import RankTable, correlation_of
 from flatminima.study.run_table import RunTable
@@ -40,8 +40,9 @@ def of_data(
     """Sentences about the networks of one data set; ``rows`` and ``compared`` are those of its correlations."""
     name = association.table.data_sets[0] if len(association.table) else ""
     found = [
-        *_units(association, rows), *_ceiling(association), *_reliability(association, rows), *_simpson(rows),
-        *_collinear(association), *_confounded(association), *_multiplicity(rows), *_superiority(rows, compared),
+        *_left_out(association, rows), *_units(association, rows), *_ceiling(association), *_reliability(association, rows),
+        *_simpson(rows), *_moved(rows), *_collinear(association), *_confounded(association), *_multiplicity(rows),
+        *_superiority(rows, compared),
     ]  # fmt: skip
     return [f"{name}: {sentence}" for sentence in found]
 
@@ -126,6 +127,51 @@ def _mixed(table: RunTable) -> list[str]:
                 "each study is by itself."
             )
     return found
+
+
+def _left_out(association: Association, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Measures without a row, and networks that are in none: neither goes unsaid."""
+    table, found = association.table, []
+    asked = {m["label"]: m["name"] for spec in table.spec("measures") for m in spec} | association.names
+    alike, few = [], []
+    for label, name in asked.items():
+        if label in association.labels:
+            continue
+        column = table.column(f"measure.{label}") if f"measure.{label}" in table.names else np.full(len(table), np.nan)
+        known = column[np.isfinite(column)]
+        shown = measure_label(label, name)
+        if len(known) < LEAST:
+            few.append(f"{shown} ({len(known)})")
+        else:
+            alike.append(f"{shown} ({known[0]:.6g})")
+    if alike and len(table) >= LEAST:
+        found.append(f"the same for all networks, and so without a correlation: {_list(alike)}.")
+    if few and len(table) >= LEAST:
+        found.append(f"numbers of fewer than {LEAST} networks, and so without a correlation: {_list(few)}.")
+    least = min((row["n"] for row in rows), default=len(table))
+    if least < len(table):
+        found.append(
+            f"{len(table) - least} of {len(table)} finished networks lack a number and are left out where it is needed; they "
+            "need not be missing at random."
+        )
+    return found
+
+
+def _moved(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Correlations that random function-preserving moves take away."""
+    lost = []
+    for row in rows:
+        own, orbit = row["within"] or row["raw"], row["orbit"]
+        if own is None or orbit is None or None in (own["low"], own["high"], orbit["low"], orbit["high"]):
+            continue
+        if own["low"] * own["high"] > 0 and orbit["low"] <= 0 <= orbit["high"]:
+            lost.append(row["label"])
+    if not lost:
+        return []
+    return [
+        f"correlations that are not seen after random moves that change no prediction: {_list(lost)}. They rest on the "
+        "coordinates in which training leaves a network."
+    ]
 
 
 def _units(association: Association, rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -27,4 +27,24 @@ def word(name: str) -> str:
         return f"{word(name.removeprefix('orbit.'))} after random moves"
     bare = name.removeprefix("measure.").removeprefix("covariate.")
     known = MEASURES.get(bare) or STUDY_MEASURES.get(bare)
-    return known.label if known is not None else _VALUES.get(bare, bare.replace("_", " "))
+    return known.label if known is not None else _VALUES.get(bare, bare.replace("_", " ").replace(".", " "))
+
+
+def outcome_word(name: str) -> str:
+    """The same for what is predicted, which is accuracy unless something else is asked for.
+
+    Example:
+        >>> outcome_word("test.accuracy"), outcome_word("test.loss")
+        ('accuracy', 'test loss')
+    """
+    return "accuracy" if name == "test.accuracy" else word(name)
+
+
+def is_share(name: str) -> bool:
+    """Whether a value is a share of rows, told in percent and points.
+
+    Example:
+        >>> is_share("fixed.test.accuracy"), is_share("test.loss")
+        (True, False)
+    """
+    return "accuracy" in name.split(".")
