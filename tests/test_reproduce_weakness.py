@@ -295,6 +295,34 @@ def test_vanishing_page_says_what_was_not_run(tmp_path, monkeypatch):
     assert "Both at the small batches" in page
 
 
+def test_vanishing_tells_the_trend_and_only_what_applies(tmp_path, monkeypatch):
+    """The rule is followed by a slope over rows; what is to be careful of is computed from the networks there are."""
+    monkeypatch.setattr("flatminima.protocols.vanishing.load_subset", _no_pictures)
+    rng, grid = np.random.default_rng(6), shipped("batch-rate-rows")
+    with StudyDatabase(tmp_path / "batch-rate-rows.sqlite", create=True) as study:
+        rules = weakness_rules(grid.name, batch=True)
+        study.begin(grid.runs(), {"study": grid.name, "rules": rules.to_dict()}, {"code": "made up"})
+        for run in grid.runs():
+            gain = 0.02 * (run.optimiser.batch_size > 64) / run.data.rows * 250
+            study.save(made_up(run, rng, 0.9 + gain + 0.0005 * rng.normal()))
+    alone = reproduce_vanishing(tmp_path, full=True, run=False)
+    (slope,) = alone["slopes"]
+    assert slope["high"] < 0
+    assert any("multiplied by e" in sentence for sentence in alone["details"])
+    assert not any("source's" in caution for caution in alone["cautions"])
+    assert not any("not those of this version" in caution for caution in alone["cautions"])
+    assert alone["verdicts"][0]["outcome"] == "refuted"
+    page = render_vanishing(alone)
+    assert "n = 6,000 on mnist" in page
+    database(tmp_path, "vanishing", RunTable(vanishing_table().records[:100]))
+    both = reproduce_vanishing(tmp_path, full=True, run=False)
+    cautions = "\n".join(both["cautions"])
+    assert "The source's two regimes differ in learning rate" in cautions
+    assert "so a trend over rows is not" not in cautions  # of one number of rows
+    assert "the source's trace hardly repeats at 2,000 rows" in cautions
+    assert "Hessian trace as the source estimates it" in render_vanishing(both)
+
+
 def _no_pictures(spec):
     return SimpleNamespace(test_labels=torch.zeros(10_000, dtype=torch.int64))
 

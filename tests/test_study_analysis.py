@@ -106,6 +106,8 @@ def test_what_nobody_finished_leaves_its_hypothesis_open(simulated: list[Record]
     (batch,) = decide(RunTable(tuple(some)), weakness_rules("grid", batch=True))
     assert batch["parts"][1]["note"] == "learning rate 0.5; nothing finished to compare at 0.05"
     assert batch["parts"][0]["note"] == "learning rate 0.05, 0.5"
+    assert batch["outcome"] == "supported"
+    assert "nothing finished at n = 6,000 on mnist, learning rate 0.05" in batch["reason"]
 
 
 def test_the_large_batch_is_the_one_that_was_planned() -> None:

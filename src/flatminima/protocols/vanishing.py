@@ -19,7 +19,9 @@ from scipy import stats
 import flatminima
 from flatminima.protocols.claims import PAPER, Claim, finite
 from flatminima.protocols.study_files import Found, Part, run_parts, shipped
+from flatminima.protocols.vanishing_words import GRID, PUBLISHED, cautions, critique, slope_words, summary
 from flatminima.protocols.weakness import OUTCOME, labels, network_columns
+from flatminima.study.batch_effect import slope_on_rows
 from flatminima.study.correlation import spearman
 from flatminima.study.preregister import differs, weakness_rules
 from flatminima.study.run_spec import Record
@@ -27,9 +29,6 @@ from flatminima.study.run_table import RunTable, shared_seeds
 from flatminima.study.subsets import load_subset
 from flatminima.study.verdicts import decide
 
-#: Of the abstract: accuracy with large minus accuracy with small batches, in percentage points, by training rows.
-PUBLISHED: Mapping[int, float] = {2000: 1.6, 60_000: 0.02}
-GRID = "batch-rate-rows"
 _QUICK_ROWS, _QUICK_SEEDS = (500, 2000), 3  # of the preset
 _SOURCE = {"small": "small", "large": "large"}  # the learning rate that the source gives each batch size
 _MARGIN = {"few": 0.3, "many": 0.1}  # percentage points that do not matter, below 6,000 rows and from there
@@ -85,6 +84,8 @@ def reproduce_vanishing(
     if GRID in found and not found[GRID].counts["not run"]:
         rules = found[GRID].rules
         verdicts = [] if rules is None else decide(found[GRID].table, rules)
+    slopes = slope_on_rows(found[GRID].table, OUTCOME) if GRID in found else []
+    traces, shared = trace_correlations(source.table), agreement(source)
     studies = [_study(study) for study in found.values()]
     results = {
         "schema": 1,
@@ -97,17 +98,20 @@ def reproduce_vanishing(
         ],
         "cells": [cell for study in found.values() for cell in cells(study)],
         "differences": differences,
-        "correlations": trace_correlations(source.table),
-        "agreement": agreement(source),
+        "slopes": slopes,
+        "correlations": traces,
+        "agreement": shared,
         "rules": None if rules is None else rules.to_dict(),
         "verdicts": verdicts,
         "studies": studies,
         "labels": labels(studies),
     }
-    summary = _summary(claims, differences, studies, verdicts)
+    said = summary(claims, differences, verdicts)
+    said["details"] += [slope_words(slope) for slope in slopes]
+    said["cautions"] = [*critique(differences, traces, shared), *cautions(differences, studies)]
     if rules is not None:
-        summary["cautions"] += differs(rules, weakness_rules(GRID, batch=True))
-    plain: dict[str, Any] = finite(results | summary)
+        said["cautions"] += differs(rules, weakness_rules(GRID, batch=True))
+    plain: dict[str, Any] = finite(results | said)
     return plain
 
 
@@ -303,55 +307,3 @@ def _study(found: Found) -> dict[str, Any]:
         "cpu_seconds": math.fsum(record.seconds for record in found.table.records),
         "networks": network_columns(found.table),
     }  # fmt: skip
-
-
-def _summary(
-    claims: Sequence[Claim],
-    differences: Sequence[Mapping[str, Any]],
-    studies: Sequence[Mapping[str, Any]],
-    verdicts: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    good = sum(not claim.failures for claim in claims)
-    if not claims:
-        answer = "Nothing of the abstract has been run."
-    elif good == len(PUBLISHED):
-        answer = "Reproduced: both differences of the abstract lie within the 95 % intervals found here."
-    else:
-        answer = (
-            f"{good} of the abstract's {len(PUBLISHED)} differences reproduced, {len(claims) - good} not, "
-            f"{len(PUBLISHED) - len(claims)} not run."
-        )
-    details = [_words(entry) for entry in differences if entry["low"] is not None]
-    details += [f"{v['name']}: {v['statement']} {v['outcome'].capitalize()}. {v['reason']}" for v in verdicts]
-    return {"answer": answer, "details": details, "cautions": _cautions(differences, studies)}
-
-
-def _words(entry: Mapping[str, Any]) -> str:
-    at = "at the source's learning rates" if entry["kind"] == "as the source" else f"both at the {entry['kind']}"
-    return (
-        f"{entry['rows']:,} rows, {at}: large minus small batches {entry['difference']:+.2f} points "
-        f"[{entry['low']:+.2f}, {entry['high']:+.2f}], {entry['outcome']} (margin {entry['margin']:g})."
-    ).replace("-", "−")
-
-
-def _cautions(differences: Sequence[Mapping[str, Any]], studies: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = [
-        "The source's two regimes differ in learning rate as well as in batch size; only a comparison at one learning rate is "
-        "about batches.",
-        "As in the source, learning rate, schedule and stop rule change with the number of rows, so a trend over rows is not "
-        "one of rows alone; batch-rate-rows keeps one protocol for all.",
-        "A correlation pooled over two regimes has an effective n of about 2 (Simpson); read the one within regimes.",
-    ]
-    missing = sorted({e["rows"] for e in differences if e["kind"] == "as the source" and e["low"] is None})
-    if missing:
-        found.append(f"Not run, or not enough of it: {', '.join(f'{rows:,}' for rows in missing)} rows.")
-    for study in studies:
-        counts = study["counts"]
-        if counts["not run"]:
-            found.append(f"{study['name']}: {counts['not run']} of {counts['networks']} networks were not run.")
-        if counts["missed"] or counts["failed"]:
-            found.append(
-                f"{study['name']}: {counts['missed']} networks missed their stop criterion and {counts['failed']} failed; they "
-                "are in no comparison."
-            )
-    return found

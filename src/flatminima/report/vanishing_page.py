@@ -11,8 +11,10 @@ from flatminima.report.numbers import integer, plain, with_error
 from flatminima.report.page import Key
 from flatminima.report.panels import Panel, axis, colour, drawn, log_axis, marker, symbol
 from flatminima.report.reproduction import check_schema, render_reproduction
+from flatminima.report.study_tables import part_table
 from flatminima.report.tables import Cell, Column, Table
 from flatminima.report.weakness_page import _estimate, counts_table, verdict_table
+from flatminima.study.value_names import word
 
 Results = Mapping[str, Any]
 _QUESTION = "Does the advantage of large batches vanish with more data, and is it one of batches?"
@@ -53,11 +55,12 @@ def render_vanishing(results: Results) -> str:
         keys=[Key(_words(kind), index, symbol(index)) for index, kind in enumerate(_KINDS)],
         tables={
             "differences": difference_table(results["differences"]),
-            "correlations": correlation_table(results["correlations"], results["labels"]),
+            "correlations": correlation_table(results["correlations"]),
             "agreement": agreement_table(results["agreement"]),
             "cells": cell_table(results["cells"]),
             "counts": counts_table(studies),
             "verdicts": verdict_table(results["verdicts"]),
+            "parts": part_table(results),
         },
         plots={"differences": [difference_plot(results["differences"])]},
     )  # fmt: skip
@@ -113,7 +116,7 @@ def difference_plot(differences: Sequence[Results]) -> Panel:
     return Panel(drawn(traces, x, y, 360), "Large minus small batches", "Difference in accuracy against training rows.")
 
 
-def correlation_table(found: Sequence[Results], names: Mapping[str, str]) -> Table:
+def correlation_table(found: Sequence[Results]) -> Table:
     """Trace and patterns against accuracy in the source's two regimes."""
     columns = (
         Column("Training rows", "measure", False), Column("Pooled", "over both regimes"), Column("Within regimes"),
@@ -121,7 +124,7 @@ def correlation_table(found: Sequence[Results], names: Mapping[str, str]) -> Tab
     )  # fmt: skip
     body = [
         (
-            Cell(integer(e["rows"]), _label(e["name"], names)), _estimate(e["pooled"]), _estimate(e["within"]),
+            Cell(integer(e["rows"]), _label(e["name"])), _estimate(e["pooled"]), _estimate(e["within"]),
             _estimate(e["reliability"]), Cell(integer(e["networks"])),
         )
         for e in found
@@ -129,9 +132,9 @@ def correlation_table(found: Sequence[Results], names: Mapping[str, str]) -> Tab
     return Table("correlations", "Rank correlation with test accuracy", columns, tuple(body))
 
 
-def _label(name: str, names: Mapping[str, str]) -> str:
+def _label(name: str) -> str:
     layers = {"unseen_patterns_1": "activation patterns, layer 1", "unseen_patterns_2": "activation patterns, layer 2"}
-    return layers.get(name) or names.get(name, name.replace("_", " "))
+    return layers.get(name) or word(name)
 
 
 def agreement_table(found: Sequence[Results]) -> Table:

@@ -11,6 +11,7 @@ from flatminima.report.numbers import integer, plain
 from flatminima.report.page import Key
 from flatminima.report.panels import Panel, axis, colour, drawn, marker, safe, symbol
 from flatminima.report.reproduction import check_schema, render_reproduction
+from flatminima.report.study_tables import part_table
 from flatminima.report.tables import Cell, Column, Table
 
 Results = Mapping[str, Any]
@@ -63,6 +64,7 @@ def render_weakness(results: Results) -> str:
             "networks": [network_table(study) for study in studies],
             "counts": counts_table(results["studies"]),
             "verdicts": verdict_table(results["verdicts"]),
+            "parts": part_table(results),
         },
         plots={
             "forest": [forest(study, names) for study in studies],

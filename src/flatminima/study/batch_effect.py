@@ -88,6 +88,7 @@ def batch_parts(
             continue
         lost = [f"{rate:g}" for rate in sorted(wanted - set(rates))]
         without = f"; nothing finished to compare at {', '.join(lost)}" if lost else ""
+        cell = f"n = {rows:,} on {data}"
         margin = next(m for start, m in reversed([(float(a), float(b)) for a, b in margins]) if rows >= start)
         ordinary, found = interval(whole), tost_paired(whole, margin)
         mean, n = float(np.mean(whole)), len(whole)
@@ -99,11 +100,12 @@ def batch_parts(
         p_zero = float(2 * stats.t.sf(abs(mean) / found.se, n - 1)) if found.se > 0 else math.nan
         parts.append(
             {
-                "data": data, "rows": rows, "rates": sorted(rates), "what": f"n = {rows:,} on {data}", "value": mean,
+                "data": data, "rows": rows, "rates": sorted(rates), "what": cell, "value": mean,
                 "low": ordinary["low"], "high": ordinary["high"], "se": found.se, "n": n, "units": n, "p": found.p,
                 "p_zero": p_zero if math.isfinite(p_zero) else None, "inner_low": mean - inner, "inner_high": mean + inner,
                 "margin": margin, "outcome": outcome_of,
                 "note": f"learning rate {', '.join(f'{rate:g}' for rate in sorted(rates))}{without}",
+                "lost": f"{cell}, learning rate {', '.join(lost)}" if lost else "",
             }
         )  # fmt: skip
     if not planned:

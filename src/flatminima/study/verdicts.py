@@ -66,7 +66,8 @@ class Verdict:
             return f"Neither shown nor excluded: {_few(open_parts)}."
         if self.p_holm > alpha:
             return f"Every part holds, but not after Holm's correction (p = {self.p_holm:.3g})."
-        return "Every part holds."
+        lost = [part["lost"] for part in self.parts if part.get("lost")]
+        return f"Every part holds{', but nothing finished at ' if lost else ''}{'; '.join(lost)}."
 
 
 def decide(table: RunTable, rules: Preregistration) -> list[dict[str, Any]]:
