@@ -31,6 +31,7 @@ from flatminima.protocols.weakness import (
     reproduce_weakness,
     weakness_parts,
 )
+from flatminima.protocols.weakness_words import study_cautions
 from flatminima.report.vanishing_page import render_vanishing
 from flatminima.report.weakness_page import render_weakness
 from flatminima.study.database import StudyDatabase, StudyError
@@ -153,6 +154,28 @@ def test_seeds_that_were_trained_on_several_subsets_are_drawn_together():
     (one,), (all_,) = correlations(alone), correlations(RunTable(tuple(records)))
     assert (one["raw"]["n"], all_["raw"]["n"], all_["raw"]["units"]) == (142, 426, 142)
     assert all_["raw"]["high"] - all_["raw"]["low"] == pytest.approx(one["raw"]["high"] - one["raw"]["low"], rel=0.1)
+
+
+def test_every_study_has_the_cautions_of_its_networks(tmp_path):
+    table = made_up_proxies(0.4)
+    for i, record in enumerate(table.records):
+        norm = record.values["measure.trace"] + 1e-6 * i
+        record.values.update(
+            {"measure.parameter_norm": norm, "repeat.source_trace.1": float(i % 7), "train.epochs": norm}
+        )
+    found = study_cautions(table, correlations(table), "test.accuracy")
+    text = "\n".join(found)
+    assert "all networks share one training subset" in text
+    assert "Hessian trace and parameter norm (+1.00)" in text or "parameter norm and Hessian trace (+1.00)" in text
+    assert "Hessian trace goes with training epochs (+1.00), parameter norm (+1.00)" in text
+    assert "measured again, Hessian trace as the source estimates it" in text
+    assert not any(sentence.startswith("mnist: ") for sentence in found)
+    assert study_cautions(RunTable(()), [], "test.accuracy") == []
+    database(tmp_path, "pair-proxy-mnist", table)
+    results = reproduce_weakness(tmp_path, data="mnist", run=False)
+    assert "Hessian trace goes with training epochs" in render_weakness(results)
+    assert results["answer"].startswith("Not complete; so far: ")
+    assert not any("Both pair-proxy studies" in caution for caution in results["cautions"])  # there is one
 
 
 def test_claims_do_without_networks_that_lack_a_measure():

@@ -108,6 +108,20 @@ class Association:
         found = [name for name in self.table.names if name.startswith(f"repeat.{label}.")]
         return [f"measure.{label}", *found] if found else []
 
+    def reliability(self, label: str) -> float | None:
+        """Mean rank correlation within cells of all pairs of repetitions of a measure; ``None`` without repetitions."""
+        columns = [self.table.column(name) for name in self.repeats(label)]
+        if not columns:
+            return None
+        there = np.flatnonzero(np.isfinite(np.stack(columns)).all(0))
+        if len(there) < LEAST:
+            return None
+        cells = self.table.rows(there).cells
+        ranks = RankTable([column[there] for column in columns], cells if len(set(cells)) > 1 else None)
+        once = ranks.covariances(np.ones((1, ranks.n)))
+        pairs = [float(correlation_of(once, i, j)[0]) for i in range(len(columns)) for j in range(i)]
+        return float(np.mean(pairs))
+
     def _usable(self, name: str) -> bool:
         return self.table.full_name(name) is not None and _varied(self.table.column(name), _MOSTLY)
 
@@ -210,10 +224,6 @@ def _row(
         for kind in KINDS
     }
     shared = len(set(joint.units)) < len(x)
-    repeats = [r for r in association.repeats(label) if r in joint.columns]
-    everything = RankTable([joint.columns[r] for r in repeats] or [x], joint.cells if joint.several_cells else None)
-    once = everything.covariances(np.ones((1, len(x))))
-    pairs = [float(correlation_of(once, i, j)[0]) for i in range(len(repeats)) for j in range(i)]
     try:
         p = permutation_p(
             x, y, cells=joint.cells if joint.several_cells else None, blocks=joint.units if shared else None,
@@ -236,7 +246,7 @@ def _row(
         "given": association.given(label, False),
         "kendall": tau.to_dict(),
         "permutation_p": p if math.isfinite(p) else None,
-        "reliability": float(np.mean(pairs)) if pairs else None,
+        "reliability": association.reliability(label),
         "subsets": _over_subsets(kept, x, y, level),
     }
 
