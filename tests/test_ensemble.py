@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from flatminima.models import build
 from flatminima.study import ensemble
 from flatminima.study.course import Course, Trained, Training, learning_rate
-from flatminima.study.dense_step import dense_gradients, dense_layers
+from flatminima.study.dense_step import dense_gradients, dense_layers, dense_outputs
 from flatminima.study.ensemble import train_alone, train_together, turns
 from flatminima.study.run_spec import OptimiserSpec, StopSpec
-from flatminima.study.together import gradients_alone, member, stacked_gradients
+from flatminima.study.together import gradients_alone, member, same_bits, stacked_gradients
 
 ACCURATE = StopSpec("accuracy", 0.8, check_every=3, max_epochs=60)
 
@@ -186,6 +186,50 @@ def test_a_stack_that_rounds_otherwise_is_not_used(monkeypatch):
     some = trainings(4)
     assert all(equal(one, train_alone(t)) for one, t in zip(train_together(some), some, strict=True))
     assert len(used) == 1, "one trial, of batches of 32; six rows are few anyway"
+
+
+def test_outputs_are_tried_again_for_more_members_than_before(monkeypatch):
+    """The first to be looked at may be one network alone, and one is no stack: its address is that of a tensor of its own."""
+
+    def inexact(*given):
+        found = dense_outputs(*given)
+        return found * torch.tensor([1.0] + [1 + 1e-6] * (len(found) - 1)).view(-1, 1, 1)
+
+    monkeypatch.setattr(ensemble, "dense_outputs", inexact)
+    first, *others = trainings(4)
+    some = [dataclasses.replace(first, stop=dataclasses.replace(ACCURATE, fixed_steps=1)), *others]
+    assert all(equal(one, train_alone(t)) for one, t in zip(train_together(some), some, strict=True))
+
+
+def test_a_trial_sees_what_dead_units_hide():
+    model = build("mlp", (20,), 4, seed=0, hidden=(16, 8))
+    stack = {name: torch.zeros(2, *p.shape) for name, p in model.named_parameters()}
+    x, y = (torch.stack([part[:32]] * 2) for part in rows())
+    layers = dense_layers(model)
+
+    def inexact(stack, x):
+        found = dense_gradients(layers, stack, x, y)
+        return found | {"3.weight": found["3.weight"] * (1 + 1e-6)}  # nothing, where nothing comes through
+
+    assert same_bits(model, stack, x, y, lambda stack, x: dense_gradients(layers, stack, x, y))
+    assert not same_bits(model, stack, x, y, inexact)
+
+
+@pytest.mark.parametrize(("hidden", "trials"), [((16, 8), 2), ((5, 3), 101)])
+def test_members_at_odd_addresses_are_tried_more_often(hidden, trials):
+    """Products of matrices that begin between multiples of 64 bytes may have other bits in one step of ten."""
+    model = build("mlp", (32,), 4, seed=0, hidden=hidden)
+    stack = {name: torch.zeros(5, *p.shape) for name, p in model.named_parameters()}
+    x, y = (torch.stack([part[:32]] * 5) for part in rows(pixels=32))
+    tried = []
+
+    def exact(stack, x):
+        tried.append(1)
+        single = [gradients_alone(model, {n: p[i].clone() for n, p in stack.items()}, x[i], y[i]) for i in range(5)]
+        return {name: torch.stack([g[name] for g in single]) for name in stack}
+
+    assert same_bits(model, stack, x, y, exact)
+    assert len(tried) == trials
 
 
 @pytest.mark.parametrize("hidden", [(), (5,), (16, 8), (8, 8, 8)])

@@ -36,6 +36,7 @@ Progress = Callable[[float], None]
 #: Numbers in the inputs of one batched step: of a perceptron, whose step costs little beyond its products and must stay in the
 #: cache of a core, and of any other network. More members than fit are trained in turns.
 DENSE_NUMBERS, OTHER_NUMBERS = 400_000, 4_000_000
+_NEVER = -1  # members that are trusted: even one is not
 _FEW_ROWS = 16  # products of so few rows take other paths through the BLAS from case to case: member by member
 
 
@@ -156,7 +157,7 @@ class _Ensemble:
         self.stackable = not buffers  # buffers, such as running statistics, are written to by every pass
         self.stack: Stack = {name: p.detach().clone() for name, p in parameters.items()}
         self.velocity: Stack | None = None
-        self._trusted: dict[tuple[str, int], bool] = {}
+        self._trusted: dict[tuple[str, int], int] = {}
         self._read_options()
 
     def train(self, progress: Progress) -> list[Trained]:
@@ -200,28 +201,32 @@ class _Ensemble:
         return x, torch.stack([training.y[rows] for training, rows in zip(trainings, chosen, strict=True)])
 
     def _gradients(self, x: Tensor, y: Tensor) -> Stack:
-        def together(rows: Tensor) -> Stack:
-            return self._stacked_gradients(rows, y)
+        def together(stack: Stack, rows: Tensor) -> Stack:
+            return self._stacked_gradients(stack, rows, y)
 
-        if self._trust(("step", x.shape[1]), lambda: same_bits(self.model, self.stack, x, y, together)):
-            return together(x)
+        if self._trust(("step", x.shape[1]), len(x), lambda: same_bits(self.model, self.stack, x, y, together)):
+            return together(self.stack, x)
         single = [gradients_alone(self.model, member(self.stack, at), x[at], y[at]) for at in range(len(x))]
         return {name: torch.stack([gradients[name] for gradients in single]) for name in self.stack}
 
-    def _stacked_gradients(self, x: Tensor, y: Tensor) -> Stack:
+    def _stacked_gradients(self, stack: Stack, x: Tensor, y: Tensor) -> Stack:
         if self.layers is not None:
-            return dense_gradients(self.layers, self.stack, x, y)
-        return stacked_gradients(self.model, self.stack, x, y)
+            return dense_gradients(self.layers, stack, x, y)
+        return stacked_gradients(self.model, stack, x, y)
 
-    def _trust(self, key: tuple[str, int], trial: Callable[[], bool]) -> bool:
-        """Whether what is computed for all at once has the bits of single networks, for so many rows; tried once."""
-        if key not in self._trusted:
+    def _trust(self, key: tuple[str, int], members: int, trial: Callable[[], bool]) -> bool:
+        """Whether what is computed for so many at once has the bits of single networks, for so many rows.
+
+        Tried once, and again for more members than were tried: where a member lies depends on its place in the stack.
+        """
+        tried = self._trusted.get(key, 0)
+        if tried != _NEVER and members > tried:
             try:
-                self._trusted[key] = key[1] >= _FEW_ROWS and trial()
+                self._trusted[key] = members if key[1] >= _FEW_ROWS and trial() else _NEVER
             except (RuntimeError, NotImplementedError, ValueError):
                 # Dropout, control flow that depends on the data: nothing that can be batched.
-                self._trusted[key] = False
-        return self._trusted[key]
+                self._trusted[key] = _NEVER
+        return self._trusted[key] != _NEVER
 
     def _update(self, gradients: Stack, rates: Tensor) -> None:
         """The step of ``torch.optim.SGD``, in its order of operations."""
@@ -249,12 +254,9 @@ class _Ensemble:
         for start in range(0, len(looking), size):
             x = torch.stack(rows[start : start + size])
             part = {name: p[looking[start : start + size]] for name, p in self.stack.items()}
-
-            def together(rows: Tensor, part: Stack = part) -> Tensor:
-                return self._stacked_outputs(part, rows)
-
-            if self._trust(("look", x.shape[1]), partial(same_outputs, self.model, part, x, together)):
-                yield from together(x)
+            trial = partial(same_outputs, self.model, part, x, self._stacked_outputs)
+            if self._trust(("look", x.shape[1]), len(x), trial):
+                yield from self._stacked_outputs(part, x)
             else:
                 yield from (outputs_alone(self.model, member(part, at), x[at]) for at in range(len(x)))
 
