@@ -156,7 +156,8 @@ def test_seeds_that_were_trained_on_several_subsets_are_drawn_together():
     assert all_["raw"]["high"] - all_["raw"]["low"] == pytest.approx(one["raw"]["high"] - one["raw"]["low"], rel=0.1)
 
 
-def test_every_study_has_the_cautions_of_its_networks(tmp_path):
+def test_every_study_has_the_cautions_of_its_networks(tmp_path, monkeypatch):
+    monkeypatch.setattr("flatminima.protocols.weakness.load_subset", _no_pictures)
     table = made_up_proxies(0.4)
     for i, record in enumerate(table.records):
         norm = record.values["measure.trace"] + 1e-6 * i

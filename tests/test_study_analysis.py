@@ -18,7 +18,9 @@ from flatminima.report.study_page import render_study
 from flatminima.report.study_tables import study_markdown, study_tables
 from flatminima.study.along_axes import evaluation_rows
 from flatminima.study.analysis import analyse
+from flatminima.study.association import Association
 from flatminima.study.batch_effect import matched_differences, slope_on_rows
+from flatminima.study.caveats import of_data
 from flatminima.study.preregister import Hypothesis, Preregistration, PreregistrationError, weakness_rules
 from flatminima.study.run_spec import Record
 from flatminima.study.run_table import RunTable, resampling_units
@@ -500,10 +502,22 @@ def test_measures_without_a_row_are_named() -> None:
 
 def test_what_random_moves_take_away_is_named(simulated: list[Record]) -> None:
     cautions = "\n".join(analyse(simulated, draws=300)["cautions"])
-    assert (
-        "mnist: correlations that are not seen after random moves that change no prediction: Hessian trace." in cautions
-    )
+    assert "mnist: correlations that random moves, which change no prediction, take away: Hessian trace." in cautions
     assert "rest on the coordinates" not in "\n".join(analyse(both({"measure.trace": -0.5}, 60), draws=100)["cautions"])
+
+
+def test_significant_beside_not_significant_is_no_difference() -> None:
+    """A correlation whose interval just reaches 0 within cells, or after random moves, has not gone."""
+    nothing: dict[str, Any] = {"within": None, "raw": None, "orbit": None, "label": "trace", "n": 100, "units": 100}
+    nothing |= {"reliability": None, "p": None}
+    association = Association(RunTable(tuple(seeds_study(20, {}))), "test.accuracy", 100, 0, 0.95)
+    own, nearly, gone = ({"value": value, "low": value - 0.19, "high": value + 0.21} for value in (-0.23, -0.20, 0.05))
+    for kind, start in (("within", "correlations that pool cells"), ("orbit", "correlations that random moves")):
+        kept = of_data(association, [nothing | {"raw": own, kind: nearly}], [])
+        assert not any(start in sentence for sentence in kept)
+    assert any("that pool cells" in s for s in of_data(association, [nothing | {"raw": own, "within": gone}], []))
+    far = {"value": -0.7, "low": -0.8, "high": -0.6}
+    assert any("that random moves" in s for s in of_data(association, [nothing | {"raw": far, "orbit": gone}], []))
 
 
 def test_another_outcome_is_called_by_its_name() -> None:

@@ -158,19 +158,19 @@ def _left_out(association: Association, rows: Sequence[Mapping[str, Any]]) -> li
 
 
 def _moved(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Correlations that random function-preserving moves take away."""
+    """Correlations that random function-preserving moves take away: the two intervals have nothing in common."""
     lost = []
     for row in rows:
         own, orbit = row["within"] or row["raw"], row["orbit"]
         if own is None or orbit is None or None in (own["low"], own["high"], orbit["low"], orbit["high"]):
             continue
-        if own["low"] * own["high"] > 0 and orbit["low"] <= 0 <= orbit["high"]:
+        if orbit["low"] <= 0 <= orbit["high"] and (own["low"] > orbit["high"] or own["high"] < orbit["low"]):
             lost.append(row["label"])
     if not lost:
         return []
     return [
-        f"correlations that are not seen after random moves that change no prediction: {_list(lost)}. They rest on the "
-        "coordinates in which training leaves a network."
+        f"correlations that random moves, which change no prediction, take away: {_list(lost)}. They rest on the coordinates "
+        "in which training leaves a network."
     ]
 
 
@@ -246,7 +246,8 @@ def _simpson(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if raw["low"] * raw["high"] > 0:
             if raw["value"] * within["value"] < 0 and within["low"] * within["high"] > 0:
                 turned.append(row["label"])
-            elif within["low"] <= 0 <= within["high"]:
+            # One being significant and the other not says nothing: the pooled value has to be excluded within cells.
+            elif within["low"] <= 0 <= within["high"] and not within["low"] <= raw["value"] <= within["high"]:
                 shrunk.append(row["label"])
     found = []
     if turned:
