@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,19 @@ def test_networks_of_one_ensemble() -> None:
         ("hidden = [64, 16]", "width = 8", 11, "model.width: unknown option of mlp 'width': expected one of hidden"),
         ("hidden = [64, 16]", "hidden = [64, 0]", 11, "model.hidden: "),
         ("hidden = [64, 16]", 'hidden = "64"', 11, "model.hidden: "),
+        ("hidden = [64, 16]", "hidden = [[64], [16]]", 11, "model.hidden: got [[64], [16]], expected a number, a text, or"),
+        ("hidden = [64, 16]", "hidden = 64", 11, "model.hidden: cannot be built with hidden = 64: "),
+        ("hidden = [64, 16]", "hidden = { a = 1 }", 11, "model.hidden: got {'a': 1}, expected a number, a text, or a list"),
+        ("{ batch_size = 32 }", "{ hidden = [[8]] }", 29, "model.hidden (set by factors.batch.small.hidden): got [[8]], "),
+        ("rows = 250", "rows = 250\nprobes = 1548", 8, "data.probes: got 1548, expected at most the 1547 unseen rows"),
+        ("subsets = [42, 43]", "subsets = [42, 42]", 23, "seeds.subsets[1]: 42 is given twice: expected each once"),
+        ("subsets = [42, 43]", "subsets = []", 23, "seeds.subsets: got [], expected at least 1 entry"),
+        ('rule = "loss"', "max_epochs = 9223372036854775808", 17, "stop.max_epochs: got 9223372036854775808, expected less"),
+        ("max_probes = 30", "max_probes = [30]", 48, "measures[1].options.max_probes: got (30,), expected a whole number"),
+        ("max_probes = 30", 'max_probes = "30"', 48, "measures[1].options.max_probes: got '30', expected"),
+        ('label = "hutchinson-30"', 'label = "a\\nb"', 46, "measures[1].label: got 'a\\nb', expected a name that can be"),
+        ('name = "trace"', 'name = "unseen_patterns"\noptions = { layer = 3 }', 42, "measures[0].options.layer: got 3, "),
+        ("schema = 1", "schema = true", 1, "schema: got True, expected schema = 1"),
         ("lr = 0.1", "lr = -1", 14, "optimiser.lr: got -1, expected greater than 0"),
         ("lr = 0.1", "lr = nan", 14, "optimiser.lr: got nan, expected a finite number"),
         ("lr = 0.1", "drops = [0.8]", 14, "optimiser.drops: got [0.8] with schedule 'constant': 'step' needs them"),
@@ -216,3 +230,39 @@ def test_a_condition_that_is_never_met_and_an_empty_study_are_refused() -> None:
 def test_factors_without_one_are_one_cell() -> None:
     text = TEXT[: TEXT.index("[factors]")]
     assert [cell.levels for cell in Grid.parse(text).cells] == [()]
+
+
+def test_no_network_is_in_two_cells() -> None:
+    """Seeds and subsets may be factors too, and then overlap: the networks that are in both cells would count twice."""
+    text = TEXT[: TEXT.index("[factors]")]
+    for levels in ("first = [0, 1]", "count = [2, 3]", "subsets = [[1, 2], [2, 3]]"):
+        assert mistakes(f"{text}[factors]\n{levels}")[0].startswith("s.toml:26: factors."), levels
+        assert "the same networks" in mistakes(f"{text}[factors]\n{levels}")[0]
+    assert len(Grid.parse(f"{text}[factors]\nfirst = [0, 3]").runs()) == 12
+
+
+def test_a_factor_that_its_schedule_does_not_read_is_refused() -> None:
+    text = TEXT[: TEXT.index("[factors]")]
+    assert "factors.drop_factor: has no effect" in mistakes(f"{text}[factors]\ndrop_factor = [0.1, 0.5]")[0]
+
+
+def test_conditions_that_contradict_each_other_are_refused() -> None:
+    other = 'where = { batch = "large" }\nset = { stop.max_epochs = 700 }'
+    text = TEXT.replace('where = { batch = "small", lr = [0.5] }\nskip = true', other)
+    assert mistakes(text)[0].startswith(
+        "s.toml:38: when[1].set.stop.max_epochs: sets stop.max_epochs to 700, and when[0].set.max_epochs to 2000, where"
+    )
+    Grid.parse(text.replace("700", "2000"))
+
+
+def test_a_list_over_thousands_of_lines_is_read_in_a_moment() -> None:
+    lines = "".join(f"    {seed},\n" for seed in range(4000))
+    start = time.perf_counter()
+    grid = Grid.parse(TEXT.replace("subsets = [42, 43]", f"subsets = [\n{lines}]"))
+    assert time.perf_counter() - start < 5
+    assert len(grid.cells[0].subsets()) == 4000
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    assert Grid.read(tmp_path / "s.toml").digest == Grid.parse(TEXT).digest

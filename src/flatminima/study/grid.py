@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -107,7 +108,7 @@ class Grid:
             GridError: it cannot be read or is not a valid study; every mistake is a line ``FILE:LINE: FIELD: what is wrong``.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin with a mark of the byte order
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise GridError(f"cannot read the study {path}: {reason}") from error
@@ -131,14 +132,18 @@ class Grid:
 
     def runs(self) -> list[RunSpec]:
         """Every network: cell by cell, in each the subsets, in each the seeds."""
-        return [
+        return list(self._runs)
+
+    @cached_property
+    def _runs(self) -> tuple[RunSpec, ...]:  # which remember their ids: a large study would otherwise hash for minutes
+        return tuple(
             RunSpec(self.name, cell.levels, data, cell.model, cell.optimiser, cell.stop, seed, order, self.measures)
             for cell in self.cells
             for data in cell.subsets()
             for seed, order in cell.seeds.pairs()
-        ]
+        )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of what decides the results: the networks and their measures, not comments or layout."""
         ids = "\n".join(run.id for run in self.runs())

@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from flatminima.names import unknown
-from flatminima.study.grid_checks import check_cell, check_measures
+from flatminima.study.grid_checks import check_cell, check_layers, check_measures
 from flatminima.study.grid_errors import Problems, dotted, said
 from flatminima.study.grid_fields import ADAPTERS, FIELDS, MOST_RUNS, Seeds
-from flatminima.study.grid_levels import Assignments, Condition, read_conditions, read_levels
+from flatminima.study.grid_levels import Assignments, Condition, is_option, read_conditions, read_levels
 from flatminima.study.run_spec import (
     DataSpec,
     MeasureSpec,
@@ -80,7 +80,7 @@ def expand(content: Mapping[str, Any], schema: int, problems: Problems) -> Study
     for key in content:
         if key not in _TOP:
             problems.add((key,), unknown("table or field", key, _TOP))
-    if content.get("schema") != schema:
+    if content.get("schema") != schema or content["schema"] is True:
         problems.add(("schema",), f"got {content.get('schema')!r}, expected schema = {schema}, the form of this file")
     name, description = content.get("name"), content.get("description", "")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -110,6 +110,7 @@ def expand(content: Mapping[str, Any], schema: int, problems: Problems) -> Study
     elif sum(cell.count for cell in cells) > MOST_RUNS:
         problems.add(("seeds",), f"more than {MOST_RUNS:,} networks: expected fewer")
     _refuse_same(cells, problems)
+    check_layers(measures, ((cell.model, cell.data.name) for cell in cells), problems)
     factors = {factor: tuple(found) for factor, found in levels.items()}
     return Study(str(name), str(description), factors, tuple(cells), tuple(measures))
 
@@ -134,17 +135,38 @@ def _cells(
         for _, assignments in chosen:
             values.update(assignments)
         skipped = False
+        added: Assignments = {}
         for condition in conditions:
             if all(dict(cell)[factor] in wanted for factor, wanted in condition.where.items()):
                 condition.met = True
-                values.update(condition.assignments or {})
+                _refuse_contradiction(added, condition.assignments or {}, cell, problems)
+                added.update(condition.assignments or {})
                 skipped |= condition.assignments is None
+        values.update(added)
         if not skipped and (made := _cell(cell, values, problems)) is not None:
             cells.append(made)
     for condition in conditions:
         if not condition.met:
             problems.add(condition.path, "matches no cell: expected levels that occur together")
     return cells
+
+
+def _refuse_contradiction(
+    given: Assignments, more: Assignments, cell: tuple[tuple[str, Option], ...], problems: Problems
+) -> None:
+    """Two conditions of one cell that set a field to different values: neither says that it goes before the other."""
+    for place, (value, path) in more.items():
+        other, where = given.get(place, (value, path))
+        if other != value:
+            problems.add(
+                path,
+                f"sets {dotted(place)} to {value!r}, and {dotted(where)} to {other!r}, where {_words(cell)}: "
+                "expected conditions that agree",
+            )
+
+
+def _words(levels: tuple[tuple[str, Option], ...]) -> str:
+    return ", ".join(f"{name} = {value!r}" for name, value in levels)
 
 
 def _cell(levels: tuple[tuple[str, Option], ...], values: Assignments, problems: Problems) -> Cell | None:
@@ -165,6 +187,17 @@ def _cell(levels: tuple[tuple[str, Option], ...], values: Assignments, problems:
     if not isinstance(name, str):
         problems.add(places.get(("model", "name"), ("model",)), f"got {name!r}, expected the name of a network")
         return None
+    for option, value in tables["model"].items():
+        if not is_option(value):
+            about, place = ("model", option), places[("model", option)]
+            problems.add(place, f"got {value!r}, expected a number, a text, or a list of these", field=dotted(about))
+            return None
+    subsets = made["seeds"].subsets or () if "seeds" in made else ()
+    for index, subset in enumerate(subsets):
+        if subset in subsets[:index]:
+            place = (*places[("seeds", "subsets")], index)
+            problems.add(place, f"{subset} is given twice: expected each once")
+            return None
     made["model"] = ModelSpec(name, frozen_options(tables["model"]))
     if len(made) < len(_TABLES):
         return None
@@ -224,12 +257,28 @@ def _measures(given: Any, problems: Problems) -> list[MeasureSpec]:
 
 
 def _refuse_same(cells: list[Cell], problems: Problems) -> None:
-    """Two cells of the same networks would count each of them twice."""
-    seen: dict[Any, Cell] = {}
+    """Two cells that share networks would count each of these twice."""
+    seen: dict[Any, list[Cell]] = {}
     for cell in cells:
-        made = (cell.data, cell.model, cell.optimiser, cell.stop, cell.seeds)
-        other = seen.setdefault(made, cell)
-        if other is not cell:
-            different = [name for (name, a), (_, b) in zip(cell.levels, other.levels, strict=True) if a != b]
-            both = " and ".join(", ".join(f"{n} = {v!r}" for n, v in c.levels) for c in (other, cell))
-            problems.add(("factors", different[0]), f"has no effect: the cells {both} are the same networks")
+        optimiser = cell.optimiser
+        if optimiser.schedule != "step":  # what nothing reads makes no other network
+            optimiser = dataclasses.replace(optimiser, drop_factor=OptimiserSpec.drop_factor)
+        others = seen.setdefault((dataclasses.replace(cell.data, subset_seed=0), cell.model, optimiser, cell.stop), [])
+        other = next((other for other in others if _overlap(other, cell)), None)
+        others.append(cell)
+        if other is None:
+            continue
+        different = [name for (name, a), (_, b) in zip(cell.levels, other.levels, strict=True) if a != b]
+        whole = other.seeds == cell.seeds and other.data.subset_seed == cell.data.subset_seed
+        how = "has no effect: the cells" if whole else "some networks of the cells"
+        problems.add(
+            ("factors", different[0]), f"{how} {_words(other.levels)} and {_words(cell.levels)} are the same networks"
+        )
+
+
+def _overlap(a: Cell, b: Cell) -> bool:
+    if not set(a.subsets()) & set(b.subsets()):
+        return False
+    both = range(max(a.seeds.first, b.seeds.first), min(a.seeds.first + a.seeds.count, b.seeds.first + b.seeds.count))
+    orders = {a.seeds.order, b.seeds.order}
+    return bool(both) and (len(orders) == 1 or any(order in both for order in orders if order != "seed"))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from flatminima.measures import MEASURES, MeasureOptions
 from flatminima.models import MODELS, build, options_of
@@ -25,14 +26,15 @@ from flatminima.study.run_spec import (
     OptimiserSpec,
     StopSpec,
 )
-from flatminima.study.study_measures import STUDY_MEASURES, wrong_options
+from flatminima.study.study_measures import STUDY_MEASURES, hidden_layers, wrong_options
 from flatminima.study.toml_lines import Path
 
-# Data sets that studies know: shape of a picture, most rows for training, classes. Digits have no test rows of their own.
+# Data sets that studies know: shape of a picture, most rows for training, classes, rows in all. Digits have no test rows of
+# their own.
 DATA = {
-    "digits": ((1, 8, 8), 1796, 10),
-    "mnist": ((1, 28, 28), 60_000, 10),
-    "fashion-mnist": ((1, 28, 28), 60_000, 10),
+    "digits": ((1, 8, 8), 1796, 10, 1797),
+    "mnist": ((1, 28, 28), 60_000, 10, 70_000),
+    "fashion-mnist": ((1, 28, 28), 60_000, 10, 70_000),
 }
 
 
@@ -66,9 +68,12 @@ def check_cell(
     if wrong:
         return False
 
-    most = DATA[data.name][1]
+    _, most, _, all_rows = DATA[data.name]
     if data.rows > most:
         add("data", "rows", f"got {data.rows}, expected at most {most} of {data.name}")
+    elif data.probes > all_rows - data.rows:
+        unseen = all_rows - data.rows
+        add("data", "probes", f"got {data.probes}, expected at most the {unseen} unseen rows of {data.name}")
     for table, field, rows in (("data", "measure_rows", data.measure_rows), ("stop", "rows", stop.rows)):
         if rows is not None and rows > data.rows:
             add(table, field, f"got {rows}, expected at most the {data.rows} rows of training")
@@ -100,14 +105,42 @@ def check_cell(
 
 @functools.cache
 def _cannot_be_built(model: ModelSpec, data: str) -> str:
-    shape, _, classes = DATA[data]
     try:
-        with torch.device("meta"):
-            options: dict[str, Any] = {**model.keywords}
-            build(model.name, shape, classes, **options)
-    except (ValueError, TypeError, RuntimeError) as error:
+        _built(model, data)
+    except (ValueError, RuntimeError) as error:
         return str(error)
+    except TypeError as error:  # Python's own words do not say about what
+        options = ", ".join(f"{name} = {value!r}" for name, value in model.options)
+        return f"cannot be built with {options}: {error}"
     return ""
+
+
+@functools.cache
+def _built(model: ModelSpec, data: str) -> nn.Module:
+    """The network without its numbers."""
+    shape, _, classes, _ = DATA[data]
+    with torch.device("meta"):
+        options: dict[str, Any] = {**model.keywords}
+        return build(model.name, shape, classes, **options)
+
+
+def check_layers(
+    measures: Sequence[MeasureSpec], networks: Iterable[tuple[ModelSpec, str]], problems: Problems
+) -> None:
+    """Add measures of a hidden layer that some network, of a model and a data set, does not have."""
+    networks = list(dict.fromkeys(networks))
+    for index, measure in enumerate(measures):
+        layer = dict(measure.options).get("layer") if measure.name in STUDY_MEASURES else None
+        if not isinstance(layer, int):
+            continue
+        for model, data in networks:
+            layers = len(hidden_layers(_built(model, data)))
+            if layer > layers:
+                problems.add(
+                    ("measures", index, "options", "layer"),
+                    f"got {layer}, expected at most {layers}, the hidden layers with ReLU of {model.name}",
+                )
+                break
 
 
 def check_measures(measures: Sequence[MeasureSpec], path: Path, problems: Problems) -> None:
@@ -125,6 +158,10 @@ def check_measures(measures: Sequence[MeasureSpec], path: Path, problems: Proble
         if option not in known:
             problems.add((*path, "options", option), unknown("option of the measures", option, known))
             return
+    for option, value in measure.options:
+        if (expected := _other_type(option, value)) is not None:
+            problems.add((*path, "options", option), f"got {value!r}, expected {expected}")
+            return
     try:
         options: dict[str, Any] = dict(measure.options)
         MeasureOptions(**options)
@@ -133,8 +170,19 @@ def check_measures(measures: Sequence[MeasureSpec], path: Path, problems: Proble
     _check_label(measures, path, problems)
 
 
+def _other_type(option: str, value: object) -> str | None:
+    """What the option of a measure would have to be, if it is not."""
+    kind = str(next(field.type for field in dataclasses.fields(MeasureOptions) if field.name == option))
+    types, words = {
+        "int": ((int,), "a whole number"), "str | None": ((str,), "a text"),
+    }.get(kind, ((int, float), "a number"))  # fmt: skip
+    return None if isinstance(value, types) and not isinstance(value, bool) else words
+
+
 def _check_label(measures: Sequence[MeasureSpec], path: Path, problems: Problems) -> None:
     measure = measures[-1]
+    if not measure.label.strip() or not measure.label.isprintable():
+        problems.add((*path, "label"), f"got {measure.label!r}, expected a name that can be printed in one line")
     if any(other.label == measure.label for other in measures[:-1]):
         where = "label" if measure.label != measure.name else "name"
         problems.add((*path, where), f"{measure.label!r} is the second of this name: expected a label of its own")

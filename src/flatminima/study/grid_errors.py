@@ -79,5 +79,7 @@ def said(mistake: Mapping[str, Any], known: Sequence[str]) -> str:
         return unknown("field", mistake["loc"][0], known)
     if kind == "missing":
         return "not given: expected a value"
+    if kind == "too_short":
+        return f"got {given!r}, expected at least {mistake['ctx']['min_length']} entry"
     message: str = mistake["msg"].removeprefix("Input should be ")
     return f"got {given!r}, expected {message}"

@@ -44,7 +44,7 @@ def read_levels(content: Mapping[str, Any], problems: Problems) -> dict[str, dic
             place = locate_field(factor, models, path, problems)
             for index, value in enumerate(given):
                 level = tuple(value) if isinstance(value, list) else value
-                if isinstance(level, dict) or (isinstance(level, tuple) and not all(map(_scalar, level))):
+                if isinstance(level, dict) or (isinstance(level, tuple) and not is_option(level)):
                     problems.add((*path, index), f"got {value!r}, expected a number, a text, or a list of these")
                 elif level in found[factor]:
                     problems.add((*path, index), f"level {value!r} is given twice: expected each once")
@@ -74,6 +74,11 @@ def _models(content: Mapping[str, Any]) -> list[str]:
         listed = content.get("factors", {}).get(factor, [])
         names += listed if isinstance(listed, list) else []
     return [name for name in dict.fromkeys(n for n in names if isinstance(n, str))]
+
+
+def is_option(value: object) -> bool:
+    """Whether a model can be given this: a number, a text, or a list of these."""
+    return all(map(_scalar, value)) if isinstance(value, (list, tuple)) else _scalar(value)
 
 
 def _scalar(value: object) -> bool:

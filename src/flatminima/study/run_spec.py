@@ -31,7 +31,7 @@ STATUSES = ("finished", "missed", "failed")
 # What a settings file is held to; code that makes these objects itself is not checked.
 _STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
 _Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
-_Count: TypeAlias = Annotated[int, Field(ge=1)]
+_Count: TypeAlias = Annotated[int, Field(ge=1, lt=2**63)]  # what tables of integers hold
 _Positive: TypeAlias = Annotated[float, Field(gt=0)]
 _NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
 

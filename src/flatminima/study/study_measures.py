@@ -39,7 +39,12 @@ class Network:
     @property
     def hidden(self) -> list[str]:
         """Names of the activations of the hidden layers, first to last."""
-        return [name for name, module in self.model.named_modules() if isinstance(module, nn.ReLU)]
+        return hidden_layers(self.model)
+
+
+def hidden_layers(model: nn.Module) -> list[str]:
+    """Names of the activations of the hidden layers, first to last."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ __all__ = ["Path", "TOMLDecodeError", "TomlLines"]
 
 TOMLDecodeError = tomllib.TOMLDecodeError
 Path: TypeAlias = "tuple[str | int, ...]"
+_CLOSING = ("]", "}", '"""', "'''")  # in the last line of a statement of several
 
 
 class TomlLines:
@@ -69,6 +70,8 @@ def _statements(rows: list[str]) -> Iterator[tuple[int, dict[str, Any], str]]:
         end = start + 1
         while (parsed := _parsed("\n".join(rows[start:end]))) is None and end < len(rows):
             end += 1
+            while end < len(rows) and not any(closing in rows[end - 1] for closing in _CLOSING):
+                end += 1  # a list of thousands of lines is not read anew at each of them
         first = rows[start].lstrip()
         if parsed:
             yield (
