@@ -163,6 +163,7 @@ def test_what_cannot_be_exported_or_reported_is_refused(run: Run, study: Path, t
     for arguments, said in (
         (("export", study), "nothing to write"),
         (("export", study, "--out", "a.xlsx"), "expected a name that ends in .csv or .parquet"),
+        (("export", study, study, "--out", tmp_path / "a.csv"), "networks are given twice, first "),
         (("export", study, study, "--grid", "g.toml"), "--grid takes one database, got 2"),
         (("report", study, "--draws", 3), "--draws must be at least 100, got 3"),
         (

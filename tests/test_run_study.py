@@ -23,7 +23,7 @@ from flatminima.study.executor import gathered
 from flatminima.study.grid import Grid
 from flatminima.study.run_spec import Record, RunSpec
 from flatminima.study.run_study import Progress, run_study
-from flatminima.study.versions import current_version, differences
+from flatminima.study.versions import code_version, current_version, differences
 from study_fixture import GRID, TEXT, begin, contents
 from study_networks import FOLDER, record_of, run_batch
 
@@ -365,6 +365,53 @@ def test_a_version_without_a_run_is_replaced(folder: Path) -> None:
         assert database.versions() == [current_version("study_networks", ["digits"])]
 
 
+@pytest.mark.usefixtures("serial")
+def test_a_version_that_a_living_process_works_with_is_not_replaced(folder: Path) -> None:
+    """It has claimed runs and recorded none: what it records later is made with its own version, and so it is written."""
+    path = folder / "s.sqlite"
+    old = {"packages": {"torch": "1.0"}}
+    with StudyDatabase(path, create=True) as database:
+        database.begin(GRID.runs(), {"study": GRID.name, "digest": GRID.digest}, old)
+        first, second = GRID.runs()[:2]
+        database.claims.take([first.id, second.id])
+        with pytest.raises(StudyError, match=r"another process makes runs with another version .*--other-version"):
+            run_study(GRID, path, run_batch=run_batch)
+        assert database.versions() == [old]
+        with StudyDatabase(path) as other:
+            other.add_version({"packages": {"torch": "2.0"}})
+            other.save(record_of(GRID.runs()[2]))
+        database.save(record_of(first))
+        versions = database.versions()
+        made = {run: versions[number - 1] for run, number in database.run_versions().items()}
+    assert made == {first.id: old, GRID.runs()[2].id: {"packages": {"torch": "2.0"}}}
+
+
+def test_a_script_has_the_same_version_in_the_processes_that_it_starts() -> None:
+    assert code_version("__main__") == code_version("__mp_main__") == {}
+
+
+@pytest.mark.usefixtures("serial")
+def test_levels_in_another_order_are_the_same_study(folder: Path) -> None:
+    path = folder / "s.sqlite"
+    begin(path).close()
+    run_study(Grid.parse(TEXT.replace("[0.1, 0.5]", "[0.5, 0.1]")), path, run_batch=run_batch)
+    assert recorded(path) == 24
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[1]"])
+def test_a_damaged_specification_is_told_with_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "s.sqlite"
+    begin(path).close()
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE runs SET spec = ? WHERE position = 3", (text,))
+    connection.commit()
+    connection.close()
+    with StudyDatabase(path) as database:
+        for read in (database.specs, database.waiting):
+            with pytest.raises(StudyError, match=r"s\.sqlite: .*the file is damaged; restore a copy of it"):
+                read()
+
+
 def test_a_worker_with_another_version_is_refused() -> None:
     version = current_version("study_networks", ["digits"])
     work = module._Work(run_batch, {**version, "packages": {**version["packages"], "torch": "1.0"}})
@@ -388,7 +435,9 @@ def test_another_grid_is_refused_and_shown_and_more_seeds_only_on_purpose(folder
     ):
         run_study(Grid.parse(TEXT.replace("rows = 100", "rows = 99")), path, run_batch=run_batch)
     more = Grid.parse(TEXT.replace("count = 12", "count = 13"))
-    with pytest.raises(StudyError, match=r"2 networks of this file are not in it and 0 of its 24 .*--extend"):
+    with pytest.raises(
+        StudyError, match=r"2 networks of this file are not in it and 0 of its 24 .*first .*seed 12\).*--extend"
+    ):
         run_study(more, path, run_batch=run_batch)
     run_study(more, path, extend=True, run_batch=run_batch)
     with StudyDatabase(path) as database:

@@ -116,10 +116,9 @@ def status(
 ) -> None:
     """How far a study is: cell by cell, what missed its criterion and why, who works on it, and with which versions."""
     with StudyDatabase(path) as database:
+        if check and (damage := database.check()):
+            raise StudyError(f"{path} is damaged ({'; '.join(damage[:3])}): restore a copy of it")
         found = study_status(database)
-        damage = database.check() if check else []
-    if damage:
-        raise StudyError(f"{path} is damaged ({'; '.join(damage[:3])}): restore a copy of it")
     if as_json:
         _out.print(json.dumps(found, indent=1), highlight=False, markup=False, soft_wrap=True)
     else:

@@ -71,6 +71,7 @@ class StudyDatabase:
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
         self.path = path
+        self._version: str | None = None  # that this process makes runs with
         if not create and not path.is_file():
             raise StudyError(
                 f"{path} is not there: expected the file of a study; flatminima study run GRID.toml makes one"
@@ -163,22 +164,24 @@ class StudyDatabase:
         return [json.loads(row[0]) for row in self._rows("SELECT content FROM versions ORDER BY number")]
 
     def add_version(self, version: Mapping[str, Any]) -> None:
-        """From now on runs are made with another version. One that no run was made with is replaced."""
+        """From now on this process makes runs with another version. Last ones that no run was made with are replaced."""
         with self._transaction():
-            unused = "DELETE FROM versions WHERE number NOT IN (SELECT version FROM runs WHERE version IS NOT NULL)"
-            self._connection.execute(unused)
+            self._connection.execute("DELETE FROM versions WHERE number > (SELECT coalesce(max(version), 0) FROM runs)")
             self._add_version(version)
+
+    def use_version(self, version: Mapping[str, Any]) -> None:
+        """From now on this process makes runs with a version that is there already."""
+        self._version = json.dumps(version, sort_keys=True)
 
     # Runs
 
     def specs(self) -> list[RunSpec]:
         """All runs, in their order."""
-        return [RunSpec.from_dict(json.loads(row[0])) for row in self._rows("SELECT spec FROM runs ORDER BY position")]
+        return self._specs("SELECT spec FROM runs ORDER BY position")
 
     def waiting(self) -> list[RunSpec]:
         """Runs without a record, in their order."""
-        rows = self._rows("SELECT spec FROM runs WHERE status IS NULL ORDER BY position")
-        return [RunSpec.from_dict(json.loads(row[0])) for row in rows]
+        return self._specs("SELECT spec FROM runs WHERE status IS NULL ORDER BY position")
 
     def counts(self) -> dict[str, int]:
         """Number of runs by status."""
@@ -199,8 +202,8 @@ class StudyDatabase:
                 return False
             self._connection.execute(
                 "UPDATE runs SET status = ?, reason = ?, seconds = ?, at = ?, owner = NULL, lease = NULL, "
-                "version = (SELECT max(number) FROM versions) WHERE id = ?",
-                (record.status, record.reason, record.seconds, time.time(), record.id),
+                "version = ? WHERE id = ?",
+                (record.status, record.reason, record.seconds, time.time(), self._version_number(), record.id),
             )
             rows: list[tuple[str, str, float | None, str | None]] = [
                 (record.id, name, float(value), None) for name, value in record.values.items()
@@ -272,9 +275,25 @@ class StudyDatabase:
             artefacts={name: bytes(content) for name, content in contents}, seconds=seconds or 0.0,
         )  # fmt: skip
 
+    def _specs(self, query: str) -> list[RunSpec]:
+        try:
+            return [RunSpec.from_dict(json.loads(row[0])) for row in self._rows(query)]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise StudyError(f"{self.path}: {_advice(f'malformed specification of a run ({error!r})')}") from error
+
     def _add_version(self, version: Mapping[str, Any]) -> None:
-        content = json.dumps(version, sort_keys=True)
-        self._connection.execute("INSERT INTO versions (at, content) VALUES (?, ?)", (time.time(), content))
+        self.use_version(version)
+        self._connection.execute("INSERT INTO versions (at, content) VALUES (?, ?)", (time.time(), self._version))
+
+    def _version_number(self) -> int:
+        """Of the version of this process, and not of the last: another process may have begun with another one."""
+        if self._version is None:
+            return int(self._one("SELECT max(number) FROM versions"))
+        query = "SELECT max(number) FROM versions WHERE content = ?"
+        if (found := self._one(query, self._version)) is None:
+            self._connection.execute("INSERT INTO versions (at, content) VALUES (?, ?)", (time.time(), self._version))
+            found = self._one(query, self._version)
+        return int(found)
 
     def _add_runs(self, runs: Iterable[RunSpec]) -> None:
         first = (self._one("SELECT max(position) FROM runs") or 0) + 1
@@ -331,6 +350,6 @@ def _advice(message: str) -> str:
         return f"{message}: another process has been writing for {_PATIENCE:.0f} s; wait for it, or end it"
     if "not a database" in message:
         return f"{message}: expected the file of a study; choose another file"
-    if "malformed" in message:
+    if "malformed" in message or "Could not decode" in message:
         return f"{message}: the file is damaged; restore a copy of it"
     return f"{message}: expected a file that can be read and written, in a folder where files can be made"

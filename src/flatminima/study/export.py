@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ def run_table(databases: Sequence[StudyDatabase]) -> pa.Table:
     ``missing`` (JSON: name -> why there is no number). What a run does not have is null.
     """
     rows = [row for database in databases for row in _rows(database)]
+    counted = Counter(row["run"] for row in rows)
+    if twice := [run for run, count in counted.items() if count > 1]:
+        raise StudyError(f"{len(twice)} networks are given twice, first {twice[0][:12]}: expected each study once")
     names = dict.fromkeys(name for row in rows for name in row)
     return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
 

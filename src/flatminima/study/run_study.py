@@ -249,6 +249,8 @@ def _check_grid(
         return
     there, now = {spec.id for spec in database.specs()}, {spec.id for spec in runs}
     added, gone = len(now - there), len(there - now)
+    if not added and not gone:  # levels in another order
+        return
     if extend and not gone:
         history = [*(database.meta("extended") or []), {"added": added, "recorded": len(database.records())}]
         database.extend(runs, {**about, "extended": history})
@@ -262,17 +264,20 @@ def _check_grid(
 
 
 def _first_difference(there: Sequence[RunSpec], now: Sequence[RunSpec]) -> str:
-    """The fields in which the first networks that differ do."""
-    for old, new in zip(there, now, strict=False):
-        if old != new:
-            before, after = dict(flattened(old.to_dict())), dict(flattened(new.to_dict()))
-            fields = [
-                f"{name} {before.get(name)!r} there and {after.get(name)!r} now"
-                for name in dict.fromkeys([*before, *after])
-                if before.get(name) != after.get(name)
-            ]
-            return f" ({', '.join(fields)})"
-    return ""
+    """The fields in which the first networks that have no counterpart differ; where all are on one side, the first of them."""
+    known, wanted = {spec.id for spec in there}, {spec.id for spec in now}
+    gone, added = [s for s in there if s.id not in wanted], [s for s in now if s.id not in known]
+    if not gone or not added:
+        first = (gone + added)[0]
+        cell = "".join(f"{name} {level!r}, " for name, level in first.cell)
+        return f" (first {cell}subset {first.data.subset_seed}, seed {first.seed})"
+    before, after = dict(flattened(gone[0].to_dict())), dict(flattened(added[0].to_dict()))
+    fields = [
+        f"{name} {before.get(name)!r} there and {after.get(name)!r} now"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    ]
+    return f" ({', '.join(fields)})"
 
 
 def _check_version(database: StudyDatabase, version: Mapping[str, Any], other_version: bool) -> None:
@@ -280,10 +285,12 @@ def _check_version(database: StudyDatabase, version: Mapping[str, Any], other_ve
     recorded = sum(counts.values()) - counts["waiting"]
     found = differences(database.versions()[-1], version)
     if not found or not counts["waiting"]:
+        database.use_version(version)
         return
-    if recorded and not other_version:
+    if (recorded or database.claims.living()) and not other_version:
+        how = f"has {recorded} runs made" if recorded else "is at work: another process makes runs"
         raise StudyError(
-            f"{database.path} has {recorded} runs made with another version ({'; '.join(found)}): the rest would not be "
+            f"{database.path} {how} with another version ({'; '.join(found)}): the rest would not be "
             "comparable; restore that version, begin again in another database, or go on nevertheless with --other-version, "
             "which is recorded run by run"
         )

@@ -18,6 +18,8 @@ import numpy as np
 from flatminima.data import DataError, sources
 from flatminima.names import unknown
 
+# The file that was started, under its names in this process and in those that it spawns; on a cluster it is another file.
+_SCRIPT = ("__main__", "__mp_main__")
 _PACKAGES = ("flatminima", "torch", "numpy", "scipy", "highspy")
 _SOURCES: Mapping[str, Callable[[], sources.Source]] = MappingProxyType(
     {"digits": sources.digits, "mnist": sources.mnist, "fashion-mnist": sources.fashion_mnist}
@@ -114,6 +116,8 @@ def _entries(found: Any) -> Mapping[str, Any]:
 
 
 def _file(module: str) -> Path | None:
+    if module in _SCRIPT:
+        return None
     try:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
