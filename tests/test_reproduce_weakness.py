@@ -31,7 +31,7 @@ from flatminima.protocols.weakness import (
     reproduce_weakness,
     weakness_parts,
 )
-from flatminima.protocols.weakness_words import study_cautions
+from flatminima.protocols.weakness_words import study_cautions, summary
 from flatminima.report.vanishing_page import render_vanishing
 from flatminima.report.weakness_page import render_weakness
 from flatminima.study.database import StudyDatabase, StudyError
@@ -382,3 +382,11 @@ def test_the_smoke_preset_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "smoke run" in results["answer"]
     assert render_weakness(results) == (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "smoke run" in capsys.readouterr().out
+
+
+def test_the_answer_says_what_the_verdicts_say() -> None:
+    def verdict(name: str, outcome: str) -> dict[str, Any]:
+        return {"name": name, "statement": f"Statement {name}.", "outcome": outcome, "reason": "Why."}
+
+    answer = summary([], [], [verdict("H1", "undecided"), verdict("H2", "refuted"), verdict("H3", "undecided")])["answer"]
+    assert answer.endswith(" Refuted: Statement H2 (H2). Undecided: Statement H1 (H1); Statement H3 (H3).")

@@ -429,6 +429,7 @@ def reproduce_weakness_command(
             progress=report,
         ),
         render_weakness,
+        indent=None,
     )
     _show_study(results, out)
 
@@ -448,6 +449,7 @@ def reproduce_vanishing_command(
             out, full=full, workers=workers, ray=ray, run=not only_render, command=_study_command(), progress=report
         ),
         render_vanishing,
+        indent=None,
     )
     _show_study(results, out)
 
@@ -467,9 +469,16 @@ _Report = Callable[[str, float], None]
 
 
 def _reproduced(
-    out: Path, run: Callable[[_Report], dict[str, Any]], render: Callable[[dict[str, Any]], str]
+    out: Path,
+    run: Callable[[_Report], dict[str, Any]],
+    render: Callable[[dict[str, Any]], str],
+    *,
+    indent: int | None = 1,
 ) -> dict[str, Any]:
-    """Run with a progress bar and write results and page; a directory that cannot be used is refused before any work."""
+    """Run with a progress bar and write results and page; a directory that cannot be used is refused before any work.
+
+    Results with hundreds of networks are written without indentation, which would double the file.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -479,7 +488,7 @@ def _reproduced(
     ) as bar:
         task = bar.add_task("reproducing", total=1.0)
         results = run(lambda part, fraction: bar.update(task, completed=fraction, description=part))
-    write_json(out / "results.json", results)
+    write_json(out / "results.json", results, indent=indent)
     write_text(out / "report.html", render(results))
     return results
 

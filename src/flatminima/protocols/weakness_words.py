@@ -56,9 +56,16 @@ def summary(
         answer = f"Reproduced in part: {good} of {len(claims)} correlations of the abstract."
     if claims and any(study["counts"]["not run"] for study in studies if study["name"].startswith("pair-proxy")):
         answer = f"Not complete; so far: {answer[0].lower()}{answer[1:]}"
+    for outcome in ("supported", "refuted", "undecided"):
+        if these := [_clause(v) for v in verdicts if v["outcome"] == outcome]:
+            answer += f" {outcome.capitalize()}: {'; '.join(these)}."
     details = [line for study in studies if (line := _rivals(study))]
     details += [f"{v['name']}: {v['statement']} {v['outcome'].capitalize()}. {v['reason']}" for v in verdicts]
     return {"answer": answer, "details": details, "cautions": _cautions(studies, verdicts)}
+
+
+def _clause(verdict: Mapping[str, Any]) -> str:
+    return f"{verdict['statement'].rstrip('.')} ({verdict['name']})"
 
 
 def _rivals(study: Mapping[str, Any]) -> str:
