@@ -385,8 +385,10 @@ def test_the_smoke_preset_from_the_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_the_answer_says_what_the_verdicts_say() -> None:
-    def verdict(name: str, outcome: str) -> dict[str, Any]:
+    def verdict(name: str, outcome: str) -> dict[str, str]:
         return {"name": name, "statement": f"Statement {name}.", "outcome": outcome, "reason": "Why."}
 
-    answer = summary([], [], [verdict("H1", "undecided"), verdict("H2", "refuted"), verdict("H3", "undecided")])["answer"]
+    answer = summary([], [], [verdict("H1", "undecided"), verdict("H2", "refuted"), verdict("H3", "undecided")])[
+        "answer"
+    ]
     assert answer.endswith(" Refuted: Statement H2 (H2). Undecided: Statement H1 (H1); Statement H3 (H3).")
