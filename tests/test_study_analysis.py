@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +23,10 @@ from flatminima.study.association import Association
 from flatminima.study.batch_effect import matched_differences, slope_on_rows
 from flatminima.study.caveats import of_data
 from flatminima.study.preregister import Hypothesis, Preregistration, PreregistrationError, weakness_rules
-from flatminima.study.run_spec import Record
+from flatminima.study.resolution import resolution
+from flatminima.study.run_spec import DataSpec, ModelSpec, Record, RunSpec
 from flatminima.study.run_table import RunTable, resampling_units
+from flatminima.study.subsets import load_subset
 from flatminima.study.verdicts import decide
 
 
@@ -640,3 +643,23 @@ def test_the_page_draws_everything(
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert complaints == []
     page.close()
+
+
+def test_pairs_of_networks_that_the_test_set_tells_apart() -> None:
+    data = DataSpec("digits", 250, probes=0)
+    labels = load_subset(data).test_labels.numpy().astype(np.uint8)
+    wrong = labels.copy()
+    wrong[:100] = (wrong[:100] + 1) % 10
+    other = DataSpec("digits", 300, probes=0)
+    specs = [RunSpec("s", (), spec, ModelSpec("mlp"), seed=seed) for spec in (data, other) for seed in range(3)]
+    answers = [labels, labels, wrong, labels[:10], labels, labels]  # the second subset has other test rows
+    said = {spec.id: answer.tobytes() for spec, answer in zip(specs, answers, strict=True)}
+    records = [Record(spec.id, spec.to_dict(), "finished") for spec in specs]
+    (found,) = resolution(records, said.get)
+    assert (found.data, found.pairs, found.caution) == ("digits", 3, "")
+    assert found.share == pytest.approx(2 / 3)
+    assert resolution(records[:2], said.get)[0].caution.startswith(
+        "digits: McNemar's test at 5 % tells 0% of the 1 pairs"
+    )
+    assert resolution([replace(record, status="missed", reason="the cap") for record in records], said.get) == []
+    assert resolution(records, lambda run: None) == []

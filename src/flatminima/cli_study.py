@@ -28,6 +28,8 @@ from flatminima.study.database import StudyDatabase, StudyError
 from flatminima.study.export import check_suffix, run_table, write_artefacts, write_file, write_table
 from flatminima.study.grid import Grid
 from flatminima.study.preregister import Preregistration, weakness_rules
+from flatminima.study.resolution import resolution
+from flatminima.study.run_spec import PREDICTIONS
 from flatminima.study.run_study import Progress, run_study
 from flatminima.study.status import cautions, study_status
 
@@ -143,6 +145,10 @@ def report(
         name = ", ".join(str(database.meta("study")) for database in databases)
         rules = _written(databases)
         history = [said for database in databases for said in cautions(database)]
+        kept = {
+            run: database for database in databases for run, name_ in database.artefact_names() if name_ == PREDICTIONS
+        }
+        told = resolution(records, lambda run: kept[run].artefact(run, PREDICTIONS) if run in kept else None)
     known = {name for record in records for name in record.values}
     if not records:
         raise StudyError(
@@ -153,7 +159,9 @@ def report(
     found = analyse(
         records, rules, name=name, planned=planned, outcome=outcome, draws=draws, seed=seed, command=_command()
     )
-    found["cautions"] += history
+    found["cautions"] += [entry.caution for entry in told if entry.caution] + history
+    for part in found["data"]:
+        part["resolved"] = next(({"pairs": e.pairs, "share": e.share} for e in told if e.data == part["name"]), None)
     page = out or paths[0].with_suffix(".html")
     write_file(page, render_study(found).encode())
     if json_path is not None:

@@ -16,6 +16,7 @@ from flatminima.names import unknown
 from flatminima.study.database import StudyDatabase
 from flatminima.study.grid import Grid
 from flatminima.study.preregister import Preregistration
+from flatminima.study.run_spec import PREDICTIONS
 from flatminima.study.run_study import Progress, run_study
 from flatminima.study.run_table import RunTable
 
@@ -85,7 +86,7 @@ class Found:
     def predictions(self, table: RunTable) -> Array:
         """Classes predicted on the evaluation rows by the networks of a part of the table, ``(networks, rows)``."""
         with StudyDatabase(self.path) as database:
-            kept = [database.artefact(record.id, "predictions.uint8") or b"" for record in table.records]
+            kept = [database.artefact(record.id, PREDICTIONS) or b"" for record in table.records]
         return np.stack([np.frombuffer(content, dtype=np.uint8) for content in kept])
 
     @property

@@ -89,7 +89,7 @@ class Course:
         """Begin an epoch: its batches of rows."""
         self.epoch += 1
         rows = len(self.training.y)
-        order = torch.randperm(rows, generator=self._generator)
+        order = torch.randperm(rows, generator=self._generator).to(self.training.y.device)
         batches: Sequence[Tensor] = order.split(self.training.optimiser.batch_size)
         return batches
 

@@ -170,13 +170,17 @@ class _Ensemble:
 
     def _read_options(self) -> None:
         options = [self.courses[i].training.optimiser for i in self.active]
-        momentum, decay = (torch.tensor([getattr(o, name) for o in options]) for name in ("momentum", "weight_decay"))
+        momentum, decay = (self._numbers([getattr(o, name) for o in options]) for name in ("momentum", "weight_decay"))
         self._momentum = momentum if momentum.any() else None
         self._decay = decay if decay.any() else None
 
+    def _numbers(self, values: Sequence[float]) -> Tensor:
+        """One for each member, where the members are."""
+        return torch.tensor(values, device=self.courses[0].training.x.device)
+
     def _epoch(self) -> None:
         orders = [self.courses[i].order() for i in self.active]
-        rates = torch.tensor([-self.courses[i].lr for i in self.active])
+        rates = self._numbers([-self.courses[i].lr for i in self.active])
         batches = len(orders[0])
         for number in range(batches):
             x, y = self._rows([order[number] for order in orders])
@@ -195,7 +199,7 @@ class _Ensemble:
     def _rows(self, chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Inputs and classes of one step, ``(members, rows, ...)``."""
         trainings = [self.courses[i].training for i in self.active]
-        x = torch.empty(len(chosen), len(chosen[0]), *trainings[0].x.shape[1:])
+        x = trainings[0].x.new_empty(len(chosen), len(chosen[0]), *trainings[0].x.shape[1:])
         for at, (training, rows) in enumerate(zip(trainings, chosen, strict=True)):
             torch.index_select(training.x, 0, rows, out=x[at])
         return x, torch.stack([training.y[rows] for training, rows in zip(trainings, chosen, strict=True)])

@@ -16,7 +16,7 @@ from flatminima.models import build
 from flatminima.study.course import Snapshot, Trained, Training
 from flatminima.study.ensemble import train_together, turns
 from flatminima.study.network_values import NetworkValues
-from flatminima.study.run_spec import Record, RunSpec
+from flatminima.study.run_spec import PREDICTIONS, Record, RunSpec
 from flatminima.study.subsets import Subset, load_subset
 from flatminima.study.together import one_thread
 
@@ -104,7 +104,7 @@ def _record(spec: RunSpec, training: Training, found: Trained) -> Record:
     assert values.predictions is not None
     artefacts = {
         "weights.safetensors": save({name: w.contiguous() for name, w in stopped.weights.items()}),
-        "predictions.uint8": values.predictions.to(torch.uint8).numpy().tobytes(),
+        PREDICTIONS: values.predictions.to(torch.uint8).numpy().tobytes(),
     }
     reason = "" if found.met else _missed(spec, stopped)
     status = "finished" if found.met else "missed"

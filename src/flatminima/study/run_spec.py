@@ -27,6 +27,7 @@ OPTIMISERS = ("sgd",)
 SCHEDULES = ("constant", "step", "cosine")
 STOP_RULES = ("loss", "accuracy", "never")
 STATUSES = ("finished", "missed", "failed")
+PREDICTIONS = "predictions.uint8"  # artefact: the class of every test row, a byte each
 
 # What a settings file is held to; code that makes these objects itself is not checked.
 _STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}

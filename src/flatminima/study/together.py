@@ -156,8 +156,11 @@ def _trials(stack: Stack, x: Tensor) -> Iterator[tuple[Stack, Tensor]]:
     for seed in range(1 if aligned else math.ceil(_COMPARED / len(x))):
         generator = torch.Generator().manual_seed(seed)
         yield (
-            {name: torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[-1]) for name, p in stack.items()},
-            torch.randn(x.shape, generator=generator),
+            {
+                name: torch.randn(p.shape, generator=generator).to(p) / math.sqrt(p.shape[-1])
+                for name, p in stack.items()
+            },
+            torch.randn(x.shape, generator=generator).to(x),
         )
 
 
