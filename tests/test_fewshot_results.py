@@ -138,7 +138,11 @@ def test_cautions_are_about_these_runs() -> None:
         "PD rewards a weak first session",
     ):  # fmt: skip
         assert words in text
+    shared = " ".join(verdict.cautions(preset("cifar100", split="mine.json"), results(), 0, 9))
+    assert "All seeds have the class order and the shots of one split" in shared
+    assert "contain the scatter of the draws" not in shared
     quiet = " ".join(verdict.cautions(preset("cifar100", "paper"), results(seeds=6), 0, 9))
+    assert "All seeds have" not in quiet
     assert "Partial" not in quiet
     assert "Reduced" not in quiet
     assert "With 6" not in quiet

@@ -61,7 +61,9 @@ def test_a_file_is_read_back_and_shots_carry_file_names(tmp_path: Path) -> None:
     assert load_split(tmp_path / "split.json", named).to_dict() == split.to_dict()
     renamed = [names[0], "new.png", *names[1:-1]]
     moved = ClassData("tiny", data.classes, replace(train, names=renamed), data.test, data.shape, False, "")
-    with pytest.raises(DataError, match=r"is the file 'picture\d+.png', whose row is that of 'picture\d+.png' now: the pict"):
+    with pytest.raises(
+        DataError, match=r"is the file 'picture\d+.png', whose row is that of 'picture\d+.png' now: the pict"
+    ):
         load_split(tmp_path / "split.json", moved)
     content = split.to_dict()
     content["files"][0] = []

@@ -25,7 +25,7 @@ from flatminima.report.fewshot_markdown import f2m_markdown
 from flatminima.report.fewshot_page import render_f2m
 from flatminima.report.fewshot_tables import comparison_table, session_table, terminal_tables
 from flatminima.study.settings import SettingsError
-from flatminima.study.store import StoreError
+from flatminima.study.store import StoreError, write_json
 
 Run = Callable[..., Outcome]
 HOSTILE = "<script>alert(1)</script>"
@@ -122,6 +122,7 @@ def test_the_command_trains_resumes_and_shows_what_is_there(run: Run, tmp_path: 
         (["--methods", "f2m-swad", "--held-out", "0"], "f2m-swad needs base images held out"),
         (["--split", "absent.json"], "the split absent.json cannot be read"),
         (["--validate", "--split", "absent.json"], "--validate makes its own splits; leave out --split"),
+        (["--split", "absent.json", "--shot", "1", "--order", "sorted"], "--split decides --shot, --order: leave them out"),
         (["--data", "mini-imagenet"], "mini-imagenet was not found"),
     ],
 )  # fmt: skip
@@ -198,6 +199,28 @@ def test_a_split_that_was_written_can_be_used_again(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"--draws 2: the split .*split.json has 1"):
         fewshot.plan(replace(settings, split=str(tmp_path / "split.json")), ["baseline"], seeds=1, draws=2)
     assert data.train.names is not None
+
+
+def test_a_directory_whose_pictures_have_changed_is_refused(tmp_path: Path) -> None:
+    settings = small_settings(pictures(tmp_path / "mine"))
+    out = tmp_path / "out"
+    fewshot.open_store(settings, out)
+
+    def splits(draws: int) -> dict[Path, dict[str, Any]]:
+        return fewshot._checked_splits(fewshot.plan(settings, ["baseline"], seeds=1, draws=draws), out)
+
+    (path, two), *_ = splits(2).items()
+    write_json(path, two)
+    assert splits(1) == {path: two}  # the records of the other draw are still there
+    assert len(splits(3)[path]["shots"]) == 3
+    for c in range(5):
+        (tmp_path / "mine" / "train" / f"class{c}" / "7.png").unlink()
+    fewshot_views.loaded.cache_clear()
+    made = fewshot.plan(settings, ["baseline"], seeds=1, draws=1)
+    for run in (True, False):
+        with pytest.raises(StoreError, match=r"seed0.json has other train, .*shots, files than the data give now"):
+            fewshot.reproduce_f2m(made, out, run=run)
+    assert json.loads(path.read_text()) == two
 
 
 def small_settings(data: Path) -> FewShotSettings:

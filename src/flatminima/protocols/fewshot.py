@@ -6,7 +6,7 @@ arXiv:2111.01549).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from flatminima.protocols.fewshot_settings import FewShotSettings
 from flatminima.protocols.fewshot_summary import summarise
 from flatminima.protocols.fewshot_views import View, data_and_split
 from flatminima.study.settings import SettingsError
-from flatminima.study.store import ResultStore, write_json
+from flatminima.study.store import ResultStore, StoreError, read_json, write_json
 from flatminima.study.tasks import Result, run_tasks
 
 
@@ -143,7 +143,7 @@ def reproduce_f2m(
         progress: called with a task's name and the fraction of it that is done.
 
     Raises:
-        StoreError: the directory holds something else.
+        StoreError: the directory holds something else, or other pictures or another split gave what it holds.
         SettingsError: nothing is there, and ``run`` is off.
 
     Example (worker processes import the calling script, so it needs its ``__main__`` guard)::
@@ -154,8 +154,10 @@ def reproduce_f2m(
     settings = made.settings
     store = open_store(settings, directory)
     resources = {"num_gpus": 1.0} if settings.device != "cpu" else None
+    splits = _checked_splits(made, directory)
     if run:
-        _save_splits(made, directory)
+        for path, content in splits.items():
+            write_json(path, content)
         first = made.base_cells()
         for name in made.second_stage():
             progress(name, 0.0)
@@ -193,10 +195,33 @@ def _run_second(cell: SessionCell | ProbeCell, report: Callable[[float], None]) 
     return Result(run_sessions(cell, report) if isinstance(cell, SessionCell) else run_probe(cell, report))
 
 
-def _save_splits(made: Plan, directory: Path) -> None:
+def _checked_splits(made: Plan, directory: Path) -> dict[Path, dict[str, Any]]:
+    """The splits by their files, checked against those that finished runs have left, all of whose draws stay.
+
+    The settings hold the name of the data and the path of a split, not what is in them.
+    """
     folder = directory / "splits"
     folder.mkdir(exist_ok=True)
+    wanted: dict[Path, dict[str, Any]] = {}
     for seed in range(made.seeds if made.settings.split is None else 1):
-        _, split = data_and_split(made.settings, seed, made.draws)
-        content: Mapping[str, Any] = split.to_dict()
-        write_json(folder / f"seed{seed}.json", dict(content))
+        path = folder / f"seed{seed}.json"
+        new = data_and_split(made.settings, seed, made.draws)[1].to_dict()
+        old = read_json(path)
+        if old is not None:
+            count = min(len(old.get("shots", ())), len(new["shots"]))
+            draws = {name: count for name in ("shots", "files")}
+            other = [
+                name for name in new if _first(old.get(name), draws.get(name)) != _first(new[name], draws.get(name))
+            ]
+            if other:
+                raise StoreError(
+                    f"{path} has other {', '.join(other)} than the data give now: the pictures or the split have changed since "
+                    "these runs; choose another --out"
+                )
+            new = max(old, new, key=lambda split: len(split["shots"]))
+        wanted[path] = new
+    return wanted
+
+
+def _first(values: Any, count: int | None) -> Any:
+    return values if count is None or values is None else values[:count]

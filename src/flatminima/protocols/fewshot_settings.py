@@ -235,6 +235,8 @@ def preset(data: str, protocol: str = "small", **changes: Any) -> FewShotSetting
     for name in given:
         if name not in known:
             raise SettingsError(unknown("setting", name, sorted(known)))
+    if "split" in given and (decided := [flag(name) for name in _OF_SPLIT if name in given]):
+        raise SettingsError(f"--split decides {', '.join(decided)}: leave them out")
     chosen = _small(data) if protocol == "small" else _paper(data)
     if protocol == "released":
         chosen |= RELEASED
@@ -245,6 +247,8 @@ def preset(data: str, protocol: str = "small", **changes: Any) -> FewShotSetting
     return FewShotSettings(**{"data": data, "protocol": protocol, **chosen, **given})
 
 
+#: What a file with a split says itself.
+_OF_SPLIT = ("base", "way", "shot", "sessions", "order", "base_images", "test_images", "held_out")
 _CIFAR = {"base": 60, "way": 5, "shot": 5, "augment": "shift-flip", "model": "resnet20", "layers": 4, "bound": 0.005}
 
 

@@ -170,11 +170,16 @@ def cautions(settings: FewShotSettings, results: Results, missing: int, planned:
             f"Joint and cRT go on from the base network ({settings.joint_iterations} joint steps a session) instead of "
             "training anew in every session, which the paper does: the bound is that of these features."
         )
+    if settings.split is not None:
+        found.append(
+            "All seeds have the class order and the shots of one split: intervals are over base networks alone and say nothing "
+            "about other classes or shots."
+        )
     if results.seeds < 6:
+        nested = "" if settings.split is not None else " and contain the scatter of the draws"
         found.append(
             f"With {results.seeds} base seeds the sign-flip test cannot give a p below {2 / 2**results.seeds:.3g}. Intervals "
-            "are Student intervals over base seeds and contain the scatter of the draws; draws alone say nothing about another "
-            "base network."
+            f"are Student intervals over base seeds{nested}; draws alone say nothing about another base network."
         )
     found.append("PD rewards a weak first session: read it beside the first and the last session, never alone.")
     return found
