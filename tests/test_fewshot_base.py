@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -151,6 +152,23 @@ def test_a_training_that_diverges_is_a_record_without_weights() -> None:
     result = run_base(BaseCell(tiny_settings(lr=1e12), "plain", 0))
     assert result.files == {}
     assert "the training loss became" in result.record["failure"]["reason"]
+
+
+@pytest.mark.parametrize("base", ["plain", "flat", "swa"])
+def test_a_last_step_that_diverges_leaves_no_weights_either(base: str) -> None:
+    """The loss that a step begins with says nothing about the weights it ends with."""
+    result = run_base(BaseCell(tiny_settings(lr=1e38, iterations=1), base, 0))
+    assert result.files == {}
+    assert "after the last step" in result.record["failure"]["reason"]
+
+
+def test_few_steps_have_an_average() -> None:
+    for steps in (1, 2, 3, 5):
+        record = run_base(BaseCell(tiny_settings(iterations=steps), "swa", 0)).record
+        assert record["average"] == {
+            "start_step": min(math.ceil(0.75 * steps), steps - 1),
+            "n": max(1, steps - math.ceil(0.75 * steps)),
+        }
 
 
 def poisoned(data: ClassData, allowed: set[int]) -> ClassData:

@@ -141,6 +141,8 @@ def test_cautions_are_about_these_runs() -> None:
     shared = " ".join(verdict.cautions(preset("cifar100", split="mine.json"), results(), 0, 9))
     assert "All seeds have the class order and the shots of one split" in shared
     assert "contain the scatter of the draws" not in shared
+    found.unmeasured = [{"base": "sam", "failure": {"reason": "the loss on train images is nan"}}]
+    assert "2 tasks failed" in " ".join(verdict.cautions(settings, found, 0, 9))
     quiet = " ".join(verdict.cautions(preset("cifar100", "paper"), results(seeds=6), 0, 9))
     assert "All seeds have" not in quiet
     assert "Partial" not in quiet

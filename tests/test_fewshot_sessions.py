@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from fewshot_fixture import tiny, tiny_settings  # noqa: F401
 from flatminima.data import ClassData
 from flatminima.data.splits import IntArray, LabelledImages, PixelArray
-from flatminima.protocols import fewshot_views
+from flatminima.protocols import fewshot_learners, fewshot_views
 from flatminima.protocols.fewshot_base import BaseCell, load_network, run_base
 from flatminima.protocols.fewshot_cell import Scorer, SessionCell, make_learner, run_sessions
 from flatminima.protocols.fewshot_flatness import ProbeCell, run_probe
@@ -21,6 +24,7 @@ from flatminima.protocols.fewshot_methods import ARMS, METHODS, arm_settings
 from flatminima.protocols.fewshot_network import EmbeddingNetwork
 from flatminima.protocols.fewshot_prototypes import metric_logits
 from flatminima.protocols.fewshot_split import FewShotSplit
+from flatminima.protocols.fewshot_table import Results, flatness
 from flatminima.protocols.fewshot_views import Stream, View, data_and_split
 
 pytestmark = pytest.mark.usefixtures("tiny", "one_thread")
@@ -176,6 +180,44 @@ def test_a_session_that_diverges_is_recorded() -> None:
     record = run_sessions(Setup(arm="no-clamp", session_lr=1e30).cell())
     assert record["failure"]["session"] >= 1
     assert "the loss of a session became" in record["failure"]["reason"]
+
+
+@pytest.mark.parametrize("arm", ["no-clamp", "ft", "fsll", "icarl", "rebalance", "joint", "crt"])
+def test_a_last_step_that_diverges_is_no_accuracy(arm: str) -> None:
+    """The largest of NaN outputs is the first class: without a look at the weights that would count as an accuracy."""
+    rates = dict.fromkeys(("session_lr", "fsll_lr", "exemplar_lr", "rebalance_lr"), 1e38)
+    once = dict.fromkeys(("session_steps", "fsll_epochs", "exemplar_epochs", "joint_iterations", "rebalance_epochs"), 1)
+    setup = Setup(**once, joint="scratch")
+    setup.arm, setup.experiment = arm, replace(setup.experiment, **rates, lr=1e38, joint_iterations=1)
+    record = run_sessions(setup.cell())
+    assert record["failure"]["session"] == 1
+    assert re.search("after a session|after the last step", record["failure"]["reason"])
+    assert all(len(rows) == 1 for rows in record["correct"].values())
+
+
+def test_a_gradient_that_is_not_a_number_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup()
+
+    def undefined(z: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return (z - z).square().sum().sqrt()  # 0, with 0 / 0 for a gradient
+
+    monkeypatch.setattr(fewshot_learners, "session_loss", undefined)
+    failure = run_sessions(setup.cell())["failure"]
+    assert (failure["session"], failure["step"]) == (1, 0)
+    assert "a gradient of a session" in failure["reason"]
+
+
+def test_a_network_whose_loss_is_not_finite_has_no_flatness() -> None:
+    setup = Setup()
+    tensors = load_tensors(setup.weights)
+    tensors["tail.head.bias"] = torch.full_like(tensors["tail.head.bias"], torch.inf)
+    record = run_probe(ProbeCell(setup.experiment, "plain", 0, 2, save_tensors(tensors), setup.digest))
+    assert record["failure"] == {
+        "step": None,
+        "reason": "the loss on train images is nan: there is nothing to compare with",
+    }
+    found = Results([record], ["baseline"], 1, 1)
+    assert flatness(found) == {"rows": [], "differences": [], "traces": []}
 
 
 # ------------------------------------------------------------------------------------------------------------ leakage

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flatminima.data.incremental import ClassData
 from flatminima.protocols.claims import finite
-from flatminima.protocols.fewshot_base import Diverged, base_classes, embeddings, load_network, pieces
+from flatminima.protocols.fewshot_base import Diverged, all_finite, base_classes, embeddings, load_network, pieces
 from flatminima.protocols.fewshot_exemplars import Icarl, Rebalance, base_exemplars
 from flatminima.protocols.fewshot_fsll import Fsll
 from flatminima.protocols.fewshot_joint import Joint, Retrained
@@ -88,6 +88,10 @@ def run_sessions(cell: SessionCell, report: Callable[[float], None] = lambda fra
                 begun = time.perf_counter()
                 learner.learn(shots)
                 learning += time.perf_counter() - begun
+                head = [] if learner.head is None else learner.head.parameters()
+                if not all_finite([*learner.network.state_dict().values(), learner.prototypes, *head]):
+                    # Predictions would all be the first class, which is an accuracy.
+                    raise Diverged(None, "weights or prototypes are not finite after a session")
                 record["sessions"].append(learner.facts())
             for classifier, row in scorer.correct(learner, session).items():
                 scores.setdefault(classifier, []).append(row)

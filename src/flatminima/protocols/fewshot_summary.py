@@ -68,6 +68,7 @@ def summarise(made: Plan, records: Mapping[str, Mapping[str, Any]], command: str
         "defects": [list(row) for row in verdict.defects(settings, made.methods)],
         "bases": [_base(record) for record in results.bases],
         "streams": [_stream(record) for record in results.streams],
+        "unmeasured": [{name: r[name] for name in ("base", "seed", "failure")} for r in results.unmeasured],
         "quantities": {name: {"label": label, "more_is_better": more} for name, (label, more) in table.QUANTITIES.items()},
         "ablations": [name for name in table.ABLATIONS if name in results.methods()],
     }  # fmt: skip

@@ -93,7 +93,9 @@ class Results:
     def __init__(self, records: Iterable[Record], methods: Sequence[str], seeds: int, draws: int) -> None:
         self.seeds, self.draws, self.wanted = seeds, draws, list(methods)
         self.bases = [r for r in records if r["cell"] == "base"]
-        self.probes = [r for r in records if r["cell"] == "flatness"]
+        probes = [r for r in records if r["cell"] == "flatness"]
+        self.probes = [r for r in probes if r["failure"] is None]
+        self.unmeasured = [r for r in probes if r["failure"] is not None]
         self.streams = [r for r in records if r["cell"] == "sessions"]
         self._found = {
             (r["base"], r["arm"], r["seed"], r["draw"]): r for r in self.streams if r["failure"] is None
@@ -106,6 +108,10 @@ class Results:
                     record = self._found.get((method.base, method.arm, seed, draw))
                     if record is not None and method.classifier in record["correct"]:
                         self._numbers[name, seed, draw] = numbers_of(record, method.classifier)
+
+    def failed(self) -> list[Record]:
+        """Tasks that diverged, or found nothing to measure."""
+        return [r for r in (*self.bases, *self.streams, *self.unmeasured) if r["failure"] is not None]
 
     def methods(self) -> list[str]:
         """Those with at least one finished stream."""

@@ -155,10 +155,10 @@ def cautions(settings: FewShotSettings, results: Results, missing: int, planned:
         found.append(
             f"Base networks of seed {', '.join(broken)} do not share split and initial weights: do not compare them."
         )
-    for record in [r for r in (*results.bases, *results.streams) if r["failure"] is not None][:1]:
-        count = sum(r["failure"] is not None for r in (*results.bases, *results.streams))
+    if failed := results.failed():
+        first = failed[0]
         found.append(
-            f"{count} tasks failed and are in no mean; the first is {record['base']}: {record['failure']['reason']}."
+            f"{len(failed)} tasks failed and are in no mean; the first is {first['base']}: {first['failure']['reason']}."
         )
     if settings.protocol == "small":
         found.append(
