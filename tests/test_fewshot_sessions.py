@@ -137,14 +137,17 @@ def test_replay_of_all_keeps_exemplars_of_base_classes() -> None:
     assert not torch.equal(*states)
 
 
-def test_the_released_step_moves_on_a_grid() -> None:
-    setup = Setup(arm="clamp-released", weight_decay=0.0, momentum=0.0, session_steps=1)
+@pytest.mark.parametrize("box", [{}, {"relative": True, "bound": 0.1}])
+def test_the_released_step_moves_on_a_grid(box: dict[str, Any]) -> None:
+    setup = Setup(arm="clamp-released", weight_decay=0.0, momentum=0.0, session_steps=1, **box)
     learner, stream = setup.learner(), Stream(setup.data, setup.split, 0)
     learner.learn(stream.advance())
-    quantum = setup.settings.bound / 2
     for now, before in zip(learner.network.region, setup.network.region, strict=True):
+        size = float(before.detach().double().square().mean().sqrt()) if box else 1.0
+        quantum = setup.settings.bound * size / 2
         steps = (now.double() - before.double()) / quantum
         torch.testing.assert_close(steps, steps.round(), rtol=0, atol=2e-3)
+        assert steps.abs().max() > 0.5
 
 
 @pytest.mark.parametrize(("arm", "joint"), [*((arm, "base") for arm in ARMS), ("joint", "scratch"), ("crt", "scratch")])

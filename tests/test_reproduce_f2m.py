@@ -138,6 +138,33 @@ def test_mistakes_are_said_in_one_line_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "methods", "message"),
+    [
+        (
+            {"layer_names": ("*",), "relative": True},
+            ["f2m"],
+            "the box of the base flat: Parameter number 2 of shape .* is zero",
+        ),
+        (
+            {"layer_names": ("*",)},
+            ["f2m-relative"],
+            "is zero or not finite, so a bound relative to its size means nothing",
+        ),
+        ({"joint_iterations": 0}, ["joint"], "joint needs --joint-iterations of at least 1, got 0"),
+        ({"joint_iterations": 0, "joint": "scratch"}, ["crt"], "crt with --joint scratch needs --joint-iterations"),
+    ],
+)
+def test_settings_that_methods_cannot_use_are_refused_before_any_work(
+    changes: dict[str, Any], methods: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny_data()
+    monkeypatch.setattr(fewshot_views, "loaded", lambda *_: data)
+    with pytest.raises(SettingsError, match=message):
+        fewshot.plan(tiny_settings(**changes), methods, seeds=1, draws=1)
+    fewshot.plan(tiny_settings(**changes), ["baseline"], seeds=1, draws=1)
+
+
 def test_nothing_to_show_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data = tiny_data()
     monkeypatch.setattr(fewshot_views, "loaded", lambda *_: data)

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from flatminima.optim.flat_region import FlatRegion
 from flatminima.protocols.fewshot_base import BaseCell, new_network, run_base
 from flatminima.protocols.fewshot_cell import SessionCell, cell_name, run_sessions
 from flatminima.protocols.fewshot_flatness import ProbeCell, probe_name, run_probe
 from flatminima.protocols.fewshot_methods import ARMS, BASES, DEFAULT_METHODS, METHODS, base_settings, chosen_methods
+from flatminima.protocols.fewshot_network import EmbeddingNetwork
 from flatminima.protocols.fewshot_settings import FewShotSettings
 from flatminima.protocols.fewshot_summary import summarise
 from flatminima.protocols.fewshot_views import View, data_and_split
@@ -93,6 +95,14 @@ def plan(
     made = Plan(settings, tuple(chosen_methods(methods)), seeds, draws)
     for base in made.bases:
         base_settings(settings, base)  # refuses settings that its changes make impossible
+    if settings.joint_iterations == 0:
+        # cRT may take the features of the base network as they are.
+        untrained = {"joint": "joint"} | ({"crt": "crt with --joint scratch"} if settings.joint == "scratch" else {})
+        for name in made.methods:
+            if name in untrained:
+                raise SettingsError(
+                    f"{untrained[name]} needs --joint-iterations of at least 1, got 0: it would be an untrained network"
+                )
     for seed in range(seeds if settings.split is None else 1):
         data, split = data_and_split(settings, seed, draws)
         if "flat-swad" in made.bases and len(split.held_out) == 0:
@@ -106,7 +116,22 @@ def plan(
             network = new_network(settings, data, split, view, 0)
             with torch.no_grad():
                 network.eval()(view.clean(data.train, split.train[:1]))
+            _check_boxes(made, network)
     return made
+
+
+def _check_boxes(made: Plan, network: EmbeddingNetwork) -> None:
+    """Refuse a box that base training could not be begun in."""
+    for base in made.bases:
+        if BASES[base].kind in ("flat", "swad"):
+            settings = base_settings(made.settings, base)
+            try:
+                FlatRegion(
+                    network.region, settings.bound, relative=settings.relative, noise=settings.noise,
+                    antithetic=settings.antithetic,
+                )  # fmt: skip
+            except ValueError as error:
+                raise SettingsError(f"the box of the base {base}: {error}") from error
 
 
 def open_store(settings: FewShotSettings, directory: Path) -> ResultStore:

@@ -72,7 +72,7 @@ class FewShotSettings:
         joint: train joint networks from ``scratch``, or go on from the ``base`` network.
         joint_iterations: of joint training a session.
         rebalance_epochs, rebalance_lr, rebalance_images: of cRT's classifier: epochs, learning rate, images a class in a batch.
-        exemplars: of every class, for iCaRL and Rebalance.
+        exemplars: of every base class, for iCaRL, Rebalance and replay of all; of new classes all shots are kept.
         exemplar_epochs, exemplar_lr: of these methods.
         less_forget, margin, margin_classes: of Rebalance.
         fsll_threshold, fsll_epochs, fsll_lr, fsll_penalty: tensors with a largest weight up to the threshold are trained.
@@ -197,6 +197,10 @@ class FewShotSettings:
             raise SettingsError("average_start and milestones are parts of base training: give numbers between 0 and 1")
         if self.std_weight and self.draws < 2:
             raise SettingsError(f"--std-weight {self.std_weight:g} needs at least 2 --draws-per-step, got {self.draws}")
+        if self.antithetic and self.noise == "beta_grid_released":
+            raise SettingsError(
+                "beta_grid_released is not symmetric: leave out --antithetic, or choose another --noise"
+            )
         if self.antithetic and self.draws % 2:
             raise SettingsError(f"antithetic noise comes in pairs: --draws-per-step must be even, got {self.draws}")
         if self.crop is not None and self.size is not None and self.crop > self.size:
@@ -319,6 +323,8 @@ DEFECTS: Mapping[str, str] = MappingProxyType(
         "- classifier": "only F2M normalises prototypes; here every method is read with both classifiers",
         "- checkpoint": "the base checkpoint is chosen on test images of the base classes; here it is the last one",
         "- upper bound": "trained on one draw of shots only; here on the draws of all methods",
+        "- regulariser": "FSLL's penalty on the change of weights is a Python number too; here it has its gradient",
+        "- index files": "the lists of shots are not shipped; here they are in splits/",
         "- temperature": "cosine logits without temperature (miniImageNet), so that nothing moves",
     }
 )

@@ -156,7 +156,7 @@ def method_row(results: Results, name: str) -> dict[str, Any]:
 def parts(method: Method) -> str:
     """What a method is made of, in words."""
     base = BASES[method.base]
-    changes = [f"{key.replace('_', ' ')} {value}" for key, value in base.changes.items()]
+    changes = [f"{key.replace('_', ' ')} {value}" for key, value in base.changes.items() if value is not None]
     notes = [base.note] if base.note else []
     return ", ".join([f"base: {base.kind}", f"sessions: {method.arm.replace('-', ' ')}", *changes, *notes])
 

@@ -135,9 +135,13 @@ def details(results: Results, compared: Sequence[Row], rows: Sequence[Row], flat
         )
     for row in flat["differences"]:
         if (row["base"], row["part"], row["quantity"]) == ("flat", "test", "worst_drift"):
+            mean, low, high = (
+                None if row[name] is None else signed(100 * row[name], ".1f") for name in ("mean", "low", "high")
+            )
             found.append(
-                "At the worst point of the box class means move by "
-                f"{signed(100 * row['mean'], '.1f')} % of their length, F2M's network minus the plain one (test images)."
+                f"At the worst point of the box class means move by {mean} % of their length"
+                + ("" if low is None else f" [{low}, {high}]")
+                + ", F2M's network minus the plain one (test images)."
             )
     return found
 
@@ -165,11 +169,17 @@ def cautions(settings: FewShotSettings, results: Results, missing: int, planned:
             "Reduced networks and schedules: published accuracies are of longer training, and the paper's draws of shots were "
             "never published. Only differences between methods here can be read against differences there."
         )
-    if settings.joint == "base" and {"joint", "crt"} & set(results.methods()):
-        found.append(
-            f"Joint and cRT go on from the base network ({settings.joint_iterations} joint steps a session) instead of "
-            "training anew in every session, which the paper does: the bound is that of these features."
+    bounds = [label for name, label in (("joint", "Joint"), ("crt", "cRT")) if name in results.methods()]
+    if settings.joint == "base" and bounds:
+        steps = settings.joint_iterations
+        starts = (
+            f"goes on from the base network ({steps} steps a session)" if steps else "keeps the base network's features"
         )
+        found += [
+            f"{bound} {starts} instead of training anew in every session, which the paper does: the bound is that of these "
+            "features."
+            for bound in bounds
+        ]
     if settings.split is not None:
         found.append(
             "All seeds have the class order and the shots of one split: intervals are over base networks alone and say nothing "
