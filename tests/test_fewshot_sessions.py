@@ -179,6 +179,17 @@ def test_scores_are_those_of_the_whole_network(arm: str, joint: str) -> None:
     assert (record["drift"] is None) == (arm == "frozen")
 
 
+def test_scores_of_another_split_are_not_those_of_the_one_before() -> None:
+    """The same network may be tested on other images in one process: with fewer of them, or sessions of other classes."""
+    setup = Setup()
+    run_sessions(setup.cell())
+    fewer = replace(setup.cell(), settings=replace(setup.experiment, test_images=3))
+    found = run_sessions(fewer)
+    Scorer._cache = ("", {})
+    assert found["counts"] == [9, 6, 6]
+    assert found["correct"] == run_sessions(fewer)["correct"]
+
+
 def test_a_session_that_diverges_is_recorded() -> None:
     record = run_sessions(Setup(arm="no-clamp", session_lr=1e30).cell())
     assert record["failure"]["session"] >= 1

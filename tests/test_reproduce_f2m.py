@@ -196,6 +196,38 @@ def test_a_base_that_diverged_has_no_sessions_and_is_named(monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_an_experiment_whose_bases_all_diverged_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = tiny_data()
+    monkeypatch.setattr(fewshot_views, "loaded", lambda *_: data)
+    made = fewshot.plan(tiny_settings(lr=1e12, probe_rows=0), ["baseline"], seeds=1, draws=1)
+    _in_this_process(made, tmp_path / "out")
+    with pytest.raises(
+        SettingsError, match=r"every base training diverged \(plain: the training loss became .*: lower --lr"
+    ):
+        fewshot.reproduce_f2m(made, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_weights_are_needed_only_for_what_is_left_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data, out = tiny_data(), tmp_path / "out"
+    monkeypatch.setattr(fewshot_views, "loaded", lambda *_: data)
+    made = fewshot.plan(tiny_settings(probe_rows=0), ["baseline", "f2m-frozen"], seeds=1, draws=1)
+    _in_this_process(made, out)
+    weights = out / "runs" / "plain-seed0.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    assert fewshot.reproduce_f2m(made, out)["finished"]["missing"] == []
+    (out / "runs" / "plain+frozen-seed0-draw0.json").unlink()
+    for broken in (None, content[:-1], (out / "runs" / "flat-seed0.safetensors").read_bytes()):
+        if broken is not None:
+            weights.write_bytes(broken)
+        with pytest.raises(
+            StoreError, match=r"plain-seed0.safetensors is (missing|not what its record says); remove .*json"
+        ):
+            fewshot.reproduce_f2m(made, out)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("where", [{"workers": 2}, pytest.param({"ray": "local"}, marks=pytest.mark.slow)])
 def test_where_it_runs_changes_nothing(where: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from flatminima.optim.flat_region import FlatRegion
-from flatminima.protocols.fewshot_base import BaseCell, new_network, run_base
+from flatminima.protocols.fewshot_base import BaseCell, new_network, run_base, weights_name
 from flatminima.protocols.fewshot_cell import SessionCell, cell_name, run_sessions
 from flatminima.protocols.fewshot_flatness import ProbeCell, probe_name, run_probe
 from flatminima.protocols.fewshot_methods import ARMS, BASES, DEFAULT_METHODS, METHODS, base_settings, chosen_methods
@@ -185,25 +185,40 @@ def reproduce_f2m(
             write_json(path, content)
         first = made.base_cells()
         for name in made.second_stage():
-            progress(name, 0.0)
+            progress(name, 0.0 if store.result(name) is None else 1.0)
         run_tasks(run_base, first, store, workers=workers, ray=ray, resources=resources, progress=progress)
         second = second_cells(made, store)
         run_tasks(_run_second, second, store, workers=workers, ray=ray, resources=resources, progress=progress)
     names = [*made.base_cells(), *made.second_stage()]
     records = {name: found for name in names if (found := store.result(name)) is not None}
+    failures = [record for name in made.base_cells() if (record := records.get(name)) and record["failure"] is not None]
+    if len(failures) == len(made.base_cells()):
+        raise SettingsError(
+            f"every base training diverged ({failures[0]['base']}: {failures[0]['failure']['reason']}): lower --lr, and choose "
+            "another --out"
+        )
     if not any(record["cell"] == "sessions" for record in records.values()):
         raise SettingsError(f"{directory} holds no finished stream of sessions yet; run it without --render")
     return summarise(made, records, command)
 
 
 def second_cells(made: Plan, store: ResultStore) -> dict[str, SessionCell | ProbeCell]:
-    """The second stage on the base networks that are there; a base training that diverged has none."""
+    """What is left of the second stage, on the base networks that are there; a base training that diverged has none.
+
+    Raises:
+        StoreError: a network that is needed is not there, or not the one its record is of.
+    """
     cells: dict[str, SessionCell | ProbeCell] = {}
+    left = {needed for name, needed in made.second_stage().items() if store.result(name) is None}
     for base_cell in made.base_cells().values():
         record = store.result(base_cell.name)
-        if record is None or record["failure"] is not None:
+        if record is None or record["failure"] is not None or (base_cell.base, base_cell.seed) not in left:
             continue
-        content = store.file(base_cell.name, ".safetensors").read_bytes()
+        path = store.file(base_cell.name, ".safetensors")
+        content = path.read_bytes() if path.is_file() else b""
+        if weights_name(content) != record["weights"]:
+            wrong = "not what its record says" if path.is_file() else "missing"
+            raise StoreError(f"{path} is {wrong}; remove {store.file(base_cell.name, '.json')} to train it again")
         base, seed, digest = base_cell.base, base_cell.seed, str(record["weights"])
         if made.settings.probe_rows:
             probe = ProbeCell(made.settings, base, seed, made.draws, content, digest)
@@ -213,7 +228,7 @@ def second_cells(made: Plan, store: ResultStore) -> dict[str, SessionCell | Prob
                 for draw in range(made.draws):
                     cell = SessionCell(made.settings, base, arm, seed, draw, made.draws, content, digest)
                     cells[cell.name] = cell
-    return cells
+    return {name: cell for name, cell in cells.items() if store.result(name) is None}
 
 
 def _run_second(cell: SessionCell | ProbeCell, report: Callable[[float], None]) -> Result:

@@ -116,7 +116,7 @@ def run_base(cell: BaseCell, report: Callable[[float], None] = lambda fraction: 
         }
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     content = save_tensors({**tensors, "prototypes": prototypes})
-    record["weights"] = hashlib.sha256(content).hexdigest()[:16]
+    record["weights"] = weights_name(content)
     record["seconds"] = time.perf_counter() - started
     report(1.0)
     return Result(finite(record), {".safetensors": content})
@@ -139,6 +139,11 @@ def load_network(
     network = new_network(settings, data, split, view, 0)
     network.load_state_dict(tensors)
     return network.eval(), prototypes
+
+
+def weights_name(content: bytes) -> str:
+    """A short name of a file of weights, to know it by."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def fingerprint(network: nn.Module, split: FewShotSplit) -> str:

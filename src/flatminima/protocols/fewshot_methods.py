@@ -150,6 +150,15 @@ def chosen_methods(names: Sequence[str]) -> list[str]:
     return [name for name in METHODS if name in names]
 
 
+def memory(method: Method, settings: FewShotSettings) -> str:
+    """Images of earlier classes that the method's sessions see with these settings."""
+    procedure, changes = ARMS[method.arm]
+    if procedure != "metric":
+        return method.memory
+    replay = changes.get("replay", settings.replay)
+    return {"none": "none", "all": f"{method.memory}, exemplars of base classes"}.get(replay, method.memory)
+
+
 def base_settings(settings: FewShotSettings, base: str) -> FewShotSettings:
     """The settings of one base training."""
     changes = dict(BASES[base].changes)

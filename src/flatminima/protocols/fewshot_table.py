@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flatminima.protocols.fewshot_methods import BASES, METHODS, Method
+from flatminima.protocols.fewshot_methods import BASES, METHODS, Method, memory
 from flatminima.protocols.fewshot_prototypes import session_numbers
+from flatminima.protocols.fewshot_settings import FewShotSettings
 from flatminima.study.resampling import nested_interval, sign_flip
 from flatminima.study.statistics import holm
 
@@ -137,7 +138,7 @@ class Results:
         return max((len(r["counts"]) for r in self.streams), default=0)
 
 
-def method_row(results: Results, name: str) -> dict[str, Any]:
+def method_row(results: Results, name: str, settings: FewShotSettings) -> dict[str, Any]:
     """One method: every session and every summary, each a mean with its nested interval."""
     method, count = METHODS[name], results.sessions()
 
@@ -146,7 +147,7 @@ def method_row(results: Results, name: str) -> dict[str, Any]:
 
     return {
         "name": name, "label": method.label, "base": method.base, "arm": method.arm, "classifier": method.classifier,
-        "memory": method.memory, "parts": parts(method),
+        "memory": memory(method, settings), "parts": parts(method),
         "sessions": {"accuracy": curve("accuracy", 0), "base": curve("base", 0), "novel": curve("novel", 1),
                      "harmonic": curve("harmonic", 1)},
         "numbers": {q: nested_interval(results.cells(name, q)) for q in (*QUANTITIES, "floor")},

@@ -125,9 +125,8 @@ def details(results: Results, compared: Sequence[Row], rows: Sequence[Row], flat
             )  # fmt: skip
             found.append(f"{METHODS[pair[0]].label} minus {METHODS[pair[1]].label}: {words} points.")
     known = {row["name"]: row for row in rows}
-    if {"f2m", "crt"} <= known.keys():
-        gap = known["f2m"]["numbers"]["last"]["mean"] - known["crt"]["numbers"]["last"]["mean"]
-        found.append(f"F2M ends {signed(gap)} points from cRT, which sees all images in every session.")
+    if (gap := by_pair.get(("f2m", "crt"))) is not None:
+        found.append(f"F2M ends {signed(gap['last']['mean'])} points from cRT, which sees all images in every session.")
     if "baseline" in known:
         floor, last = (known["baseline"]["numbers"][name]["mean"] for name in ("floor", "last"))
         found.append(
