@@ -18,6 +18,7 @@ from playwright.sync_api import Browser
 
 from conftest import Outcome
 from fewshot_fixture import tiny_data, tiny_settings
+from flatminima.data import DataError
 from flatminima.protocols import fewshot, fewshot_views
 from flatminima.protocols.fewshot_settings import FewShotSettings, preset
 from flatminima.protocols.fewshot_split import FewShotSplit
@@ -193,6 +194,17 @@ def test_a_base_that_diverged_has_no_sessions_and_is_named(monkeypatch: pytest.M
         found["cautions"]
     )
     assert "the training loss became" in f2m_markdown(found)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_broken_pictures_are_named_before_any_work(part: str, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "mine")
+    broken = folder / part / "class1" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:-60])
+    made = fewshot.plan(small_settings(folder), ["baseline"], seeds=1, draws=1)
+    with pytest.raises(DataError, match=r"class1/0.png is not a readable image"):
+        fewshot.reproduce_f2m(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("one_thread")

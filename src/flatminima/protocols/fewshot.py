@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from flatminima.optim.flat_region import FlatRegion
+from flatminima.protocols import fewshot_views
 from flatminima.protocols.fewshot_base import BaseCell, new_network, run_base, weights_name
 from flatminima.protocols.fewshot_cell import SessionCell, cell_name, run_sessions
 from flatminima.protocols.fewshot_flatness import ProbeCell, probe_name, run_probe
@@ -168,6 +169,7 @@ def reproduce_f2m(
         progress: called with a task's name and the fraction of it that is done.
 
     Raises:
+        DataError: a picture cannot be read; before any training.
         StoreError: the directory holds something else, or other pictures or another split gave what it holds.
         SettingsError: nothing is there, and ``run`` is off.
 
@@ -177,6 +179,8 @@ def reproduce_f2m(
             results = reproduce_f2m(plan(preset("digits"), seeds=1, draws=1), Path("runs/try"))
     """
     settings = made.settings
+    if run and not all((directory / "runs" / f"{name}.json").exists() for name in made.base_cells()):
+        _check_pictures(settings)
     store = open_store(settings, directory)
     resources = {"num_gpus": 1.0} if settings.device != "cpu" else None
     splits = _checked_splits(made, directory)
@@ -200,6 +204,18 @@ def reproduce_f2m(
     if not any(record["cell"] == "sessions" for record in records.values()):
         raise SettingsError(f"{directory} holds no finished stream of sessions yet; run it without --render")
     return summarise(made, records, command)
+
+
+def _check_pictures(settings: FewShotSettings) -> None:
+    """Decode every picture of a folder once: one that is broken would end the experiment hours later.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    data = fewshot_views.loaded(settings.data, settings.size)
+    for images in (data.train,) if settings.validate else (data.train, data.test):
+        if images.check is not None:
+            images.check()
 
 
 def second_cells(made: Plan, store: ResultStore) -> dict[str, SessionCell | ProbeCell]:
