@@ -366,5 +366,8 @@ def test_the_page_in_a_browser(results: dict[str, Any], browser: Browser, tmp_pa
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.wait_for_timeout(500)  # plots follow the window
+    inner = page.evaluate("[...document.querySelectorAll('.js-plotly-plot')].map(plot => plot._fullLayout._size.w)")
+    assert min(inner) > 150, inner  # the names of methods leave room for what is drawn
     page.close()
     assert errors == []
