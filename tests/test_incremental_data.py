@@ -177,6 +177,18 @@ def test_pictures_are_checked_to_their_last_byte(part: str, tmp_path: Path) -> N
         check()
 
 
+def test_pictures_of_other_kinds_are_read_as_what_they_show(tmp_path: Path) -> None:
+    """Grey of 8 and of 16 bits, a palette, transparency, another size: all are half as bright as can be."""
+    folder = plain(tmp_path)
+    grey = Image.fromarray(np.full((9, 14), 128, dtype=np.uint8))
+    kinds = [grey, Image.fromarray(np.full((9, 14), 128 * 256, dtype=np.uint16)), grey.convert("P"), grey.convert("LA")]
+    for i, image in enumerate(kinds):
+        image.save(folder / "test" / "cat" / f"{i}.png")
+    found = load_incremental(folder, size=6).test.pixels(np.arange(4))
+    assert found.shape == (4, 3, 6, 6)
+    assert found.tolist() == np.full((4, 3, 6, 6), 128).tolist()
+
+
 def test_more_pixels_than_memory_are_refused(tmp_path: Path) -> None:
     data = load_incremental(plain(tmp_path), size=10**6)
     with pytest.raises(
