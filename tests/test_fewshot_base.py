@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -153,6 +154,23 @@ def test_a_training_that_diverges_is_a_record_without_weights() -> None:
     assert "the training loss became" in result.record["failure"]["reason"]
 
 
+@pytest.mark.parametrize("base", ["plain", "flat", "sam"])
+def test_a_last_step_that_diverges_leaves_no_weights_either(base: str) -> None:
+    """The loss that a step begins with says nothing about the weights it ends with."""
+    result = run_base(BaseCell(tiny_settings(lr=1e38, iterations=1), base, 0))
+    assert result.files == {}
+    assert "after the last step" in result.record["failure"]["reason"]
+
+
+def test_few_steps_have_an_average() -> None:
+    for steps in (1, 2, 3, 5):
+        record = run_base(BaseCell(tiny_settings(iterations=steps), "swa", 0)).record
+        assert record["average"] == {
+            "start_step": min(math.ceil(0.75 * steps), steps - 1),
+            "n": max(1, steps - math.ceil(0.75 * steps)),
+        }
+
+
 def poisoned(data: ClassData, allowed: set[int]) -> ClassData:
     """The same data, of which nothing but the allowed train rows can be read."""
 
@@ -201,6 +219,10 @@ def test_validation_reads_no_test_image_and_no_later_class(monkeypatch: pytest.M
         ({"clamp_bound": 0.0}, "--clamp-bound must be finite and > 0"),
         ({"draws": 1, "std_weight": 2.0}, "--std-weight 2 needs at least 2 --draws-per-step, got 1"),
         ({"draws": 3, "antithetic": True}, "--draws-per-step must be even, got 3"),
+        (
+            {"noise": "beta_grid_released", "antithetic": True},
+            "beta_grid_released is not symmetric: leave out --antithetic",
+        ),
         ({"noise": "gauss"}, "unknown noise 'gauss': expected one of"),
         ({"replay": "old"}, "unknown replay 'old': expected one of"),
         ({"held_out": 1.0}, "--held-out must lie between 0 and 1"),
@@ -215,6 +237,16 @@ def test_settings_that_cannot_be_used_are_refused(changes: dict[str, Any], messa
         tiny_settings(**changes)
 
 
+def test_bases_have_settings_that_fit_together() -> None:
+    settings = tiny_settings(clamp_bound=0.00125, antithetic=True)
+    wide, relative = (base_settings(settings, name) for name in ("flat-wide", "flat-relative"))
+    assert (wide.bound, wide.clamp_bound) == (0.005, 0.00125)  # four times the clamp, as its name says
+    assert (relative.relative, relative.bound, relative.clamp_bound) == (True, 0.1, None)  # not 0.00125 of RMS(w)
+    assert not base_settings(settings, "flat-released").antithetic
+    absolute = base_settings(tiny_settings(relative=True, bound=0.1), "flat-released")
+    assert absolute.relative  # the box stays the experiment's
+
+
 def test_the_released_preset_names_its_defects() -> None:
     from flatminima.protocols.fewshot_settings import DEFECTS, RELEASED, preset
 
@@ -222,6 +254,7 @@ def test_the_released_preset_names_its_defects() -> None:
     changed = {name for name in paper.to_dict() if getattr(released, name) != getattr(paper, name)}
     assert changed - {"protocol"} == set(RELEASED)
     assert set(RELEASED) - {"order", "held_out"} <= set(DEFECTS)
+    assert {"- regulariser", "- index files"} <= set(DEFECTS)
     assert (paper.std_weight, paper.noise, paper.constant_prototypes) == (0.0, "uniform", False)
     cub = preset("cub-200", "paper")
     assert (cub.base, cub.way, cub.bound, cub.layers, cub.classifier_lr) == (100, 10, 1e-4, 8, 1e-2)

@@ -13,8 +13,9 @@ from scipy import stats
 
 from flatminima.protocols import fewshot_table as table
 from flatminima.protocols import fewshot_verdict as verdict
-from flatminima.protocols.fewshot_methods import ARMS, BASES, CLASSIFIERS, METHODS, chosen_methods
+from flatminima.protocols.fewshot_methods import ARMS, BASES, CLASSIFIERS, METHODS, chosen_methods, memory
 from flatminima.protocols.fewshot_settings import DEFECTS, preset
+from flatminima.protocols.fewshot_summary import comparable
 from flatminima.study.resampling import nested_interval
 from flatminima.study.settings import SettingsError
 
@@ -138,16 +139,47 @@ def test_cautions_are_about_these_runs() -> None:
         "PD rewards a weak first session",
     ):  # fmt: skip
         assert words in text
+    shared = " ".join(verdict.cautions(preset("cifar100", split="mine.json"), results(), 0, 9))
+    assert "All seeds have the class order and the shots of one split" in shared
+    assert "contain the scatter of the draws" not in shared
+    found.unmeasured = [{"base": "sam", "failure": {"reason": "the loss on train images is nan"}}]
+    assert "2 tasks failed" in " ".join(verdict.cautions(settings, found, 0, 9))
     quiet = " ".join(verdict.cautions(preset("cifar100", "paper"), results(seeds=6), 0, 9))
+    assert "All seeds have" not in quiet
     assert "Partial" not in quiet
     assert "Reduced" not in quiet
     assert "With 6" not in quiet
 
 
+def test_the_gap_to_crt_is_paired() -> None:
+    """A partial experiment has other seeds of one method than of the other."""
+    records = [stream("f2m", seed, 0, (900, 800), 100) for seed in (0, 1)]
+    records += [stream("crt", 1, 0, (900, 850), 100), stream("crt", 2, 0, (900, 100), 100)]
+    found = table.Results(records, ["crt", "f2m"], 3, 1)
+    text = verdict.details(found, table.comparisons(found), [], {"differences": []})
+    assert text == ["F2M ends −3.33 points from cRT, which sees all images in every session."]
+
+
+def test_memory_is_what_the_settings_leave() -> None:
+    assert memory(METHODS["f2m"], preset("cifar100")) == "novel shots"
+    assert memory(METHODS["f2m"], preset("cifar100", replay="none")) == "none"
+    assert memory(METHODS["sam-clamp"], preset("cifar100", replay="all")) == "novel shots, exemplars of base classes"
+    assert memory(METHODS["f2m-no-replay"], preset("cifar100", replay="all")) == "none"
+    assert memory(METHODS["icarl"], preset("cifar100", replay="none")) == "exemplars of all classes"
+
+
+def test_published_rows_stand_beside_their_own_protocol() -> None:
+    assert comparable(preset("cifar100"), 60, (5,) * 8, 5)
+    assert not comparable(preset("cifar100"), 60, (5,) * 8, 1)
+    assert not comparable(preset("cifar100"), 20, (10,) * 8, 5)
+    assert not comparable(preset("cifar100", validate=True), 60, (5,) * 8, 5)
+    assert not comparable(preset("digits"), 6, (1,) * 4, 5)
+
+
 def test_failed_streams_are_in_no_mean() -> None:
     good, bad = stream("f2m", 0, 0, (900, 800), 100), stream("f2m", 0, 1, (0, 0), 0, {"step": 1, "reason": "nan"})
     found = table.Results([good, bad], ["f2m"], 1, 2)
-    assert table.method_row(found, "f2m")["numbers"]["last"]["cells"] == 1
+    assert table.method_row(found, "f2m", preset("cifar100"))["numbers"]["last"]["cells"] == 1
     assert np.isnan(found.cells("f2m", "last")[0, 1])
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from fewshot_fixture import tiny, tiny_settings  # noqa: F401
 from flatminima.data import ClassData
 from flatminima.data.splits import IntArray, LabelledImages, PixelArray
-from flatminima.protocols import fewshot_views
+from flatminima.protocols import fewshot_learners, fewshot_views
 from flatminima.protocols.fewshot_base import BaseCell, load_network, run_base
 from flatminima.protocols.fewshot_cell import Scorer, SessionCell, make_learner, run_sessions
 from flatminima.protocols.fewshot_flatness import ProbeCell, run_probe
@@ -21,6 +24,7 @@ from flatminima.protocols.fewshot_methods import ARMS, METHODS, arm_settings
 from flatminima.protocols.fewshot_network import EmbeddingNetwork
 from flatminima.protocols.fewshot_prototypes import metric_logits
 from flatminima.protocols.fewshot_split import FewShotSplit
+from flatminima.protocols.fewshot_table import Results, flatness
 from flatminima.protocols.fewshot_views import Stream, View, data_and_split
 
 pytestmark = pytest.mark.usefixtures("tiny", "one_thread")
@@ -133,14 +137,17 @@ def test_replay_of_all_keeps_exemplars_of_base_classes() -> None:
     assert not torch.equal(*states)
 
 
-def test_the_released_step_moves_on_a_grid() -> None:
-    setup = Setup(arm="clamp-released", weight_decay=0.0, momentum=0.0, session_steps=1)
+@pytest.mark.parametrize("box", [{}, {"relative": True, "bound": 0.1}])
+def test_the_released_step_moves_on_a_grid(box: dict[str, Any]) -> None:
+    setup = Setup(arm="clamp-released", weight_decay=0.0, momentum=0.0, session_steps=1, **box)
     learner, stream = setup.learner(), Stream(setup.data, setup.split, 0)
     learner.learn(stream.advance())
-    quantum = setup.settings.bound / 2
     for now, before in zip(learner.network.region, setup.network.region, strict=True):
+        size = float(before.detach().double().square().mean().sqrt()) if box else 1.0
+        quantum = setup.settings.bound * size / 2
         steps = (now.double() - before.double()) / quantum
         torch.testing.assert_close(steps, steps.round(), rtol=0, atol=2e-3)
+        assert steps.abs().max() > 0.5
 
 
 @pytest.mark.parametrize(("arm", "joint"), [*((arm, "base") for arm in ARMS), ("joint", "scratch"), ("crt", "scratch")])
@@ -172,10 +179,59 @@ def test_scores_are_those_of_the_whole_network(arm: str, joint: str) -> None:
     assert (record["drift"] is None) == (arm == "frozen")
 
 
+def test_scores_of_another_split_are_not_those_of_the_one_before() -> None:
+    """The same network may be tested on other images in one process: with fewer of them, or sessions of other classes."""
+    setup = Setup()
+    run_sessions(setup.cell())
+    fewer = replace(setup.cell(), settings=replace(setup.experiment, test_images=3))
+    found = run_sessions(fewer)
+    Scorer._cache = ("", {})
+    assert found["counts"] == [9, 6, 6]
+    assert found["correct"] == run_sessions(fewer)["correct"]
+
+
 def test_a_session_that_diverges_is_recorded() -> None:
     record = run_sessions(Setup(arm="no-clamp", session_lr=1e30).cell())
     assert record["failure"]["session"] >= 1
     assert "the loss of a session became" in record["failure"]["reason"]
+
+
+@pytest.mark.parametrize("arm", ["no-clamp", "ft", "fsll", "icarl", "rebalance", "joint", "crt"])
+def test_a_last_step_that_diverges_is_no_accuracy(arm: str) -> None:
+    """The largest of NaN outputs is the first class: without a look at the weights that would count as an accuracy."""
+    rates = dict.fromkeys(("session_lr", "fsll_lr", "exemplar_lr", "rebalance_lr"), 1e38)
+    once = dict.fromkeys(("session_steps", "fsll_epochs", "exemplar_epochs", "joint_iterations", "rebalance_epochs"), 1)
+    setup = Setup(**once, joint="scratch")
+    setup.arm, setup.experiment = arm, replace(setup.experiment, **rates, lr=1e38, joint_iterations=1)
+    record = run_sessions(setup.cell())
+    assert record["failure"]["session"] == 1
+    assert re.search("after a session|after the last step", record["failure"]["reason"])
+    assert all(len(rows) == 1 for rows in record["correct"].values())
+
+
+def test_a_gradient_that_is_not_a_number_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup()
+
+    def undefined(z: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return (z - z).square().sum().sqrt()  # 0, with 0 / 0 for a gradient
+
+    monkeypatch.setattr(fewshot_learners, "session_loss", undefined)
+    failure = run_sessions(setup.cell())["failure"]
+    assert (failure["session"], failure["step"]) == (1, 0)
+    assert "a gradient of a session" in failure["reason"]
+
+
+def test_a_network_whose_loss_is_not_finite_has_no_flatness() -> None:
+    setup = Setup()
+    tensors = load_tensors(setup.weights)
+    tensors["tail.head.bias"] = torch.full_like(tensors["tail.head.bias"], torch.inf)
+    record = run_probe(ProbeCell(setup.experiment, "plain", 0, 2, save_tensors(tensors), setup.digest))
+    assert record["failure"] == {
+        "step": None,
+        "reason": "the loss on train images is nan: there is nothing to compare with",
+    }
+    found = Results([record], ["baseline"], 1, 1)
+    assert flatness(found) == {"rows": [], "differences": [], "traces": []}
 
 
 # ------------------------------------------------------------------------------------------------------------ leakage

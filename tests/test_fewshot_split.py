@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_a_file_is_read_back_and_shots_carry_file_names(tmp_path: Path) -> None:
     assert split.files[1][0] == tuple(names[row] for row in split.shots[1][0])
     split.save(tmp_path / "split.json")
     assert load_split(tmp_path / "split.json", named).to_dict() == split.to_dict()
+    renamed = [names[0], "new.png", *names[1:-1]]
+    moved = ClassData("tiny", data.classes, replace(train, names=renamed), data.test, data.shape, False, "")
+    with pytest.raises(
+        DataError, match=r"is the file 'picture\d+.png', whose row is that of 'picture\d+.png' now: the pict"
+    ):
+        load_split(tmp_path / "split.json", moved)
+    content = split.to_dict()
+    content["files"][0] = []
+    (tmp_path / "short.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="there is not one file name for every shot"):
+        load_split(tmp_path / "short.json", named)
     with pytest.raises(DataError, match="the split is of 7 classes of tiny, tiny has others"):
         load_split(tmp_path / "split.json", tiny_data(9))
 
@@ -108,6 +120,11 @@ def test_a_class_without_images_is_named() -> None:
         (lambda c: c["test"][0].append(3), "the test images of session 1 hold class 'place 3'"),
         (lambda c: c.pop("train"), "this is no few-shot split: KeyError 'train'"),
         (lambda c: c.update(schema=7), "schema 7 of 'few-shot split'"),
+        (lambda c: c["train"].__setitem__(0, 1.5), "this is no few-shot split: TypeError 1.5 is no whole number"),
+        (lambda c: c["train"].__setitem__(0, True), "TypeError True is no whole number"),
+        (lambda c: c["train"].__setitem__(0, 10**30), "this is no few-shot split: OverflowError"),
+        (lambda c: c.update(shot=float("inf")), "TypeError inf is no whole number"),
+        (lambda c: c.update(shot=-1), "shot is -1: expected at least 1"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(change: Any, message: str, tmp_path: Path) -> None:

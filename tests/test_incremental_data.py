@@ -108,6 +108,15 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     (listed / "images" / "n01_test1.jpg").unlink()
     with pytest.raises(DataError, match=r"n01_test1.jpg is listed in test.csv and does not exist"):
         load_incremental(listed)
+    lines = (listed / "split" / "train.csv").read_text()
+    for text, message in (
+        (lines, r"n02_train0.jpg is in train.csv and in test.csv: a test image must not be trained on"),
+        ("filename,label\nn01_test0.jpg,n01\nn01_test0.jpg,n01\n", r"n01_test0.jpg is in test.csv twice"),
+        ("filename,label\nn01_test0.jpg\n", r"test.csv, line 2, has no label"),
+    ):
+        (listed / "split" / "test.csv").write_text(text)
+        with pytest.raises(DataError, match=message):
+            load_incremental(listed)
     (listed / "split" / "test.csv").write_text("filename,label\nx.jpg,n09\n")
     with pytest.raises(DataError, match=r"test.csv has the class 'n09', which train.csv does not have"):
         load_incremental(listed)
@@ -118,6 +127,20 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"test.csv does not exist"):
         load_incremental(listed)
     birds = cub(tmp_path / "cub")
+    for name, text, message in (
+        ("classes.txt", "1 one\n3 three\n", "image_class_labels.txt has class 2, which classes.txt does not have"),
+        ("classes.txt", "a one\nb two\n", "classes.txt has the number 'a': expected whole numbers"),
+        (
+            "train_test_split.txt",
+            "\n".join(f"{i} {i % 3}" for i in range(1, 9)),
+            "train_test_split.txt has '2': expected 1 or 0",
+        ),
+    ):
+        kept_text = (birds / name).read_text()
+        (birds / name).write_text(text)
+        with pytest.raises(DataError, match=message):
+            load_incremental(birds)
+        (birds / name).write_text(kept_text)
     (birds / "train_test_split.txt").write_text("1 1\n")
     with pytest.raises(DataError, match=r"train_test_split.txt lists 1 pictures and images.txt 8"):
         load_incremental(birds)
@@ -134,6 +157,44 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
         load_incremental(one)
     with pytest.raises(DataError, match="size is 9: digits has 8 pixels a side"):
         load_incremental("digits", size=9)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_pictures_are_checked_to_their_last_byte(part: str, tmp_path: Path) -> None:
+    folder = plain(tmp_path)
+    rng = np.random.default_rng(0)
+    whole = folder / part / "dog" / "0.jpg"
+    Image.fromarray(rng.integers(0, 255, (40, 40, 3)).astype(np.uint8)).save(whole)
+    data = load_incremental(folder, size=6)
+    parts = {"train": data.train, "test": data.test}
+    for images in parts.values():
+        assert images.check is not None
+        images.check()
+    whole.write_bytes(whole.read_bytes()[:-200])  # its header is whole
+    check = parts[part].check
+    assert check is not None
+    with pytest.raises(DataError, match=r"dog/0.jpg is not a readable image"):
+        check()
+
+
+def test_pictures_of_other_kinds_are_read_as_what_they_show(tmp_path: Path) -> None:
+    """Grey of 8 and of 16 bits, a palette, transparency, another size: all are half as bright as can be."""
+    folder = plain(tmp_path)
+    grey = Image.fromarray(np.full((9, 14), 128, dtype=np.uint8))
+    kinds = [grey, Image.fromarray(np.full((9, 14), 128 * 256, dtype=np.uint16)), grey.convert("P"), grey.convert("LA")]
+    for i, image in enumerate(kinds):
+        image.save(folder / "test" / "cat" / f"{i}.png")
+    found = load_incremental(folder, size=6).test.pixels(np.arange(4))
+    assert found.shape == (4, 3, 6, 6)
+    assert found.tolist() == np.full((4, 3, 6, 6), 128).tolist()
+
+
+def test_more_pixels_than_memory_are_refused(tmp_path: Path) -> None:
+    data = load_incremental(plain(tmp_path), size=10**6)
+    with pytest.raises(
+        DataError, match=r"6 pictures of 1000000x1000000 pixels need .* GiB of memory: choose a smaller size"
+    ):
+        data.train.pixels(np.array([0]))
 
 
 def test_digits_are_cut_once_and_for_all() -> None:

@@ -18,6 +18,7 @@ from playwright.sync_api import Browser
 
 from conftest import Outcome
 from fewshot_fixture import tiny_data, tiny_settings
+from flatminima.data import DataError
 from flatminima.protocols import fewshot, fewshot_views
 from flatminima.protocols.fewshot_settings import FewShotSettings, preset
 from flatminima.protocols.fewshot_split import FewShotSplit
@@ -25,7 +26,7 @@ from flatminima.report.fewshot_markdown import f2m_markdown
 from flatminima.report.fewshot_page import render_f2m
 from flatminima.report.fewshot_tables import comparison_table, session_table, terminal_tables
 from flatminima.study.settings import SettingsError
-from flatminima.study.store import StoreError
+from flatminima.study.store import StoreError, write_json
 
 Run = Callable[..., Outcome]
 HOSTILE = "<script>alert(1)</script>"
@@ -122,6 +123,7 @@ def test_the_command_trains_resumes_and_shows_what_is_there(run: Run, tmp_path: 
         (["--methods", "f2m-swad", "--held-out", "0"], "f2m-swad needs base images held out"),
         (["--split", "absent.json"], "the split absent.json cannot be read"),
         (["--validate", "--split", "absent.json"], "--validate makes its own splits; leave out --split"),
+        (["--split", "absent.json", "--shot", "1", "--order", "sorted"], "--split decides --shot, --order: leave them out"),
         (["--data", "mini-imagenet"], "mini-imagenet was not found"),
     ],
 )  # fmt: skip
@@ -135,6 +137,33 @@ def test_mistakes_are_said_in_one_line_before_any_work(
     assert re.search(re.escape(message).replace("145", r"\d+"), outcome.err), outcome.err
     assert outcome.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "methods", "message"),
+    [
+        (
+            {"layer_names": ("*",), "relative": True},
+            ["f2m"],
+            "the box of the base flat: Parameter number 2 of shape .* is zero",
+        ),
+        (
+            {"layer_names": ("*",)},
+            ["f2m-relative"],
+            "is zero or not finite, so a bound relative to its size means nothing",
+        ),
+        ({"joint_iterations": 0}, ["joint"], "joint needs --joint-iterations of at least 1, got 0"),
+        ({"joint_iterations": 0, "joint": "scratch"}, ["crt"], "crt with --joint scratch needs --joint-iterations"),
+    ],
+)
+def test_settings_that_methods_cannot_use_are_refused_before_any_work(
+    changes: dict[str, Any], methods: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny_data()
+    monkeypatch.setattr(fewshot_views, "loaded", lambda *_: data)
+    with pytest.raises(SettingsError, match=message):
+        fewshot.plan(tiny_settings(**changes), methods, seeds=1, draws=1)
+    fewshot.plan(tiny_settings(**changes), ["baseline"], seeds=1, draws=1)
 
 
 def test_nothing_to_show_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -165,6 +194,49 @@ def test_a_base_that_diverged_has_no_sessions_and_is_named(monkeypatch: pytest.M
         found["cautions"]
     )
     assert "the training loss became" in f2m_markdown(found)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_broken_pictures_are_named_before_any_work(part: str, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "mine")
+    broken = folder / part / "class1" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:-60])
+    made = fewshot.plan(small_settings(folder), ["baseline"], seeds=1, draws=1)
+    with pytest.raises(DataError, match=r"class1/0.png is not a readable image"):
+        fewshot.reproduce_f2m(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_experiment_whose_bases_all_diverged_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = tiny_data()
+    monkeypatch.setattr(fewshot_views, "loaded", lambda *_: data)
+    made = fewshot.plan(tiny_settings(lr=1e12, probe_rows=0), ["baseline"], seeds=1, draws=1)
+    _in_this_process(made, tmp_path / "out")
+    with pytest.raises(
+        SettingsError, match=r"every base training diverged \(plain: the training loss became .*: lower --lr"
+    ):
+        fewshot.reproduce_f2m(made, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_weights_are_needed_only_for_what_is_left_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data, out = tiny_data(), tmp_path / "out"
+    monkeypatch.setattr(fewshot_views, "loaded", lambda *_: data)
+    made = fewshot.plan(tiny_settings(probe_rows=0), ["baseline", "f2m-frozen"], seeds=1, draws=1)
+    _in_this_process(made, out)
+    weights = out / "runs" / "plain-seed0.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    assert fewshot.reproduce_f2m(made, out)["finished"]["missing"] == []
+    (out / "runs" / "plain+frozen-seed0-draw0.json").unlink()
+    for broken in (None, content[:-1], (out / "runs" / "flat-seed0.safetensors").read_bytes()):
+        if broken is not None:
+            weights.write_bytes(broken)
+        with pytest.raises(
+            StoreError, match=r"plain-seed0.safetensors is (missing|not what its record says); remove .*json"
+        ):
+            fewshot.reproduce_f2m(made, out)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -198,6 +270,28 @@ def test_a_split_that_was_written_can_be_used_again(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"--draws 2: the split .*split.json has 1"):
         fewshot.plan(replace(settings, split=str(tmp_path / "split.json")), ["baseline"], seeds=1, draws=2)
     assert data.train.names is not None
+
+
+def test_a_directory_whose_pictures_have_changed_is_refused(tmp_path: Path) -> None:
+    settings = small_settings(pictures(tmp_path / "mine"))
+    out = tmp_path / "out"
+    fewshot.open_store(settings, out)
+
+    def splits(draws: int) -> dict[Path, dict[str, Any]]:
+        return fewshot._checked_splits(fewshot.plan(settings, ["baseline"], seeds=1, draws=draws), out)
+
+    (path, two), *_ = splits(2).items()
+    write_json(path, two)
+    assert splits(1) == {path: two}  # the records of the other draw are still there
+    assert len(splits(3)[path]["shots"]) == 3
+    for c in range(5):
+        (tmp_path / "mine" / "train" / f"class{c}" / "7.png").unlink()
+    fewshot_views.loaded.cache_clear()
+    made = fewshot.plan(settings, ["baseline"], seeds=1, draws=1)
+    for run in (True, False):
+        with pytest.raises(StoreError, match=r"seed0.json has other train, .*shots, files than the data give now"):
+            fewshot.reproduce_f2m(made, out, run=run)
+    assert json.loads(path.read_text()) == two
 
 
 def small_settings(data: Path) -> FewShotSettings:
@@ -272,5 +366,8 @@ def test_the_page_in_a_browser(results: dict[str, Any], browser: Browser, tmp_pa
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.wait_for_timeout(500)  # plots follow the window
+    inner = page.evaluate("[...document.querySelectorAll('.js-plotly-plot')].map(plot => plot._fullLayout._size.w)")
+    assert min(inner) > 150, inner  # the names of methods leave room for what is drawn
     page.close()
     assert errors == []

@@ -200,7 +200,10 @@ def decode(content: bytes, size: tuple[int, int], source: str) -> PixelArray:
 
     try:
         with Image.open(io.BytesIO(content)) as image:
-            rgb = image.convert("RGB")
+            if image.mode.startswith("I;16"):  # which PIL would clip at 255: a white picture
+                rgb = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            else:
+                rgb = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{source} is not a readable image ({len(content)} bytes): {error}") from error
     height, width = size

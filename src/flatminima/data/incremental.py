@@ -12,6 +12,7 @@ Known by name, or a folder in one of the layouts below. Nothing is decoded befor
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def _of_folder(folder: Path, name: str, side: int) -> ClassData:
         )
     shape = (3, side, side)
     note = f"Pictures in the folder {folder.name}, {side}x{side} pixels."
-    return ClassData(name, classes, kept(train, shape), kept(test, shape), shape, True, note)
+    return ClassData(name, classes, kept(readable(train), shape), kept(readable(test), shape), shape, True, note)
 
 
 _Parts = tuple[tuple[str, ...], LabelledImages, LabelledImages]
@@ -162,6 +163,9 @@ def _listed(folder: Path, size: tuple[int, int]) -> _Parts:
     lists = {part: _rows_of(folder / "split" / f"{part}.csv") for part in ("train", "test")}
     classes = tuple(sorted({label for _, label in lists["train"]}))
     index = {label: i for i, label in enumerate(classes)}
+    learned = {file for file, _ in lists["train"]}
+    if both := next((file for file, _ in lists["test"] if file in learned), None):
+        raise DataError(f"{both} is in train.csv and in test.csv: a test image must not be trained on")
     parts = []
     for part, rows in lists.items():
         if strange := sorted({label for _, label in rows} - index.keys()):
@@ -171,6 +175,9 @@ def _listed(folder: Path, size: tuple[int, int]) -> _Parts:
         files = [folder / "images" / file for file, _ in rows]
         if absent := next((file for file in files if not file.is_file()), None):
             raise DataError(f"{absent} is listed in {part}.csv and does not exist")
+        if len(set(files)) < len(files):
+            twice = next(file for file in files if files.count(file) > 1)
+            raise DataError(f"{twice.name} is in {part}.csv twice")
         names = [f"{label}/{file}" for file, label in rows]
         parts.append(picture_files(files, [index[label] for _, label in rows], names, size))
     return classes, parts[0], parts[1]
@@ -184,6 +191,10 @@ def _rows_of(path: Path) -> list[tuple[str, str]]:
         raise DataError(f"{path} does not exist: expected columns filename,label") from error
     if not rows or not {"filename", "label"} <= rows[0].keys():
         raise DataError(f"{path} has columns {', '.join(rows[0]) if rows else 'none'}: expected filename,label")
+    for number, row in enumerate(rows, 2):
+        for column in ("filename", "label"):
+            if not row[column]:
+                raise DataError(f"{path}, line {number}, has no {column}")
     return [(row["filename"], row["label"]) for row in rows]
 
 
@@ -198,6 +209,12 @@ def _cub(folder: Path, size: tuple[int, int]) -> _Parts:
             raise DataError(
                 f"{folder / name} lists {len(other)} pictures and images.txt {len(files)}: expected the same"
             )
+    if bad := next((number for number in names if not number.isdecimal()), None):
+        raise DataError(f"{folder / 'classes.txt'} has the number {bad!r}: expected whole numbers")
+    if unnamed := next((label for label in labels.values() if label not in names), None):
+        raise DataError(f"{folder / 'image_class_labels.txt'} has class {unnamed}, which classes.txt does not have")
+    if other_flag := next((flag for flag in training.values() if flag not in ("0", "1")), None):
+        raise DataError(f"{folder / 'train_test_split.txt'} has {other_flag!r}: expected 1 or 0")
     numbers = sorted(names, key=int)
     index = {number: i for i, number in enumerate(numbers)}
     parts = []
@@ -220,6 +237,16 @@ def _pairs(path: Path) -> dict[str, str]:
     return {key: value.strip() for key, value in lines}
 
 
+def readable(images: LabelledImages) -> LabelledImages:
+    """The same images, whose ``check()`` decodes every one and keeps none: a download that was cut short has a whole header."""
+
+    def check() -> None:
+        for row in range(len(images.labels)):
+            images.pixels(np.array([row]))
+
+    return LabelledImages(images.labels, images.pixels, check, images.names)
+
+
 def kept(images: LabelledImages, shape: tuple[int, int, int]) -> LabelledImages:
     """The same images, each decoded at most once: pixels stay in memory, which is only used up by rows that were asked for."""
     held: list[PixelArray] = []
@@ -227,7 +254,14 @@ def kept(images: LabelledImages, shape: tuple[int, int, int]) -> LabelledImages:
 
     def pixels(rows: IntArray) -> PixelArray:
         if not held:
-            held.append(np.empty((len(there), *shape), dtype=np.uint8))
+            try:
+                held.append(np.empty((len(there), *shape), dtype=np.uint8))
+            except MemoryError as error:
+                gibibytes = len(there) * math.prod(shape) / 2**30
+                raise DataError(
+                    f"{len(there)} pictures of {shape[1]}x{shape[2]} pixels need {gibibytes:.0f} GiB of memory: choose "
+                    "a smaller size"
+                ) from error
         missing = np.unique(rows[~there[rows]])
         if len(missing):
             held[0][missing] = images.pixels(missing)

@@ -6,22 +6,25 @@ arXiv:2111.01549).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flatminima.protocols.fewshot_base import BaseCell, new_network, run_base
+from flatminima.optim.flat_region import FlatRegion
+from flatminima.protocols import fewshot_views
+from flatminima.protocols.fewshot_base import BaseCell, new_network, run_base, weights_name
 from flatminima.protocols.fewshot_cell import SessionCell, cell_name, run_sessions
 from flatminima.protocols.fewshot_flatness import ProbeCell, probe_name, run_probe
 from flatminima.protocols.fewshot_methods import ARMS, BASES, DEFAULT_METHODS, METHODS, base_settings, chosen_methods
+from flatminima.protocols.fewshot_network import EmbeddingNetwork
 from flatminima.protocols.fewshot_settings import FewShotSettings
 from flatminima.protocols.fewshot_summary import summarise
 from flatminima.protocols.fewshot_views import View, data_and_split
 from flatminima.study.settings import SettingsError
-from flatminima.study.store import ResultStore, write_json
+from flatminima.study.store import ResultStore, StoreError, read_json, write_json
 from flatminima.study.tasks import Result, run_tasks
 
 
@@ -93,6 +96,14 @@ def plan(
     made = Plan(settings, tuple(chosen_methods(methods)), seeds, draws)
     for base in made.bases:
         base_settings(settings, base)  # refuses settings that its changes make impossible
+    if settings.joint_iterations == 0:
+        # cRT may take the features of the base network as they are.
+        untrained = {"joint": "joint"} | ({"crt": "crt with --joint scratch"} if settings.joint == "scratch" else {})
+        for name in made.methods:
+            if name in untrained:
+                raise SettingsError(
+                    f"{untrained[name]} needs --joint-iterations of at least 1, got 0: it would be an untrained network"
+                )
     for seed in range(seeds if settings.split is None else 1):
         data, split = data_and_split(settings, seed, draws)
         if "flat-swad" in made.bases and len(split.held_out) == 0:
@@ -106,7 +117,22 @@ def plan(
             network = new_network(settings, data, split, view, 0)
             with torch.no_grad():
                 network.eval()(view.clean(data.train, split.train[:1]))
+            _check_boxes(made, network)
     return made
+
+
+def _check_boxes(made: Plan, network: EmbeddingNetwork) -> None:
+    """Refuse a box that base training could not be begun in."""
+    for base in made.bases:
+        if BASES[base].kind in ("flat", "swad"):
+            settings = base_settings(made.settings, base)
+            try:
+                FlatRegion(
+                    network.region, settings.bound, relative=settings.relative, noise=settings.noise,
+                    antithetic=settings.antithetic,
+                )  # fmt: skip
+            except ValueError as error:
+                raise SettingsError(f"the box of the base {base}: {error}") from error
 
 
 def open_store(settings: FewShotSettings, directory: Path) -> ResultStore:
@@ -143,7 +169,8 @@ def reproduce_f2m(
         progress: called with a task's name and the fraction of it that is done.
 
     Raises:
-        StoreError: the directory holds something else.
+        DataError: a picture cannot be read; before any training.
+        StoreError: the directory holds something else, or other pictures or another split gave what it holds.
         SettingsError: nothing is there, and ``run`` is off.
 
     Example (worker processes import the calling script, so it needs its ``__main__`` guard)::
@@ -152,31 +179,62 @@ def reproduce_f2m(
             results = reproduce_f2m(plan(preset("digits"), seeds=1, draws=1), Path("runs/try"))
     """
     settings = made.settings
+    if run and not all((directory / "runs" / f"{name}.json").exists() for name in made.base_cells()):
+        _check_pictures(settings)
     store = open_store(settings, directory)
     resources = {"num_gpus": 1.0} if settings.device != "cpu" else None
+    splits = _checked_splits(made, directory)
     if run:
-        _save_splits(made, directory)
+        for path, content in splits.items():
+            write_json(path, content)
         first = made.base_cells()
         for name in made.second_stage():
-            progress(name, 0.0)
+            progress(name, 0.0 if store.result(name) is None else 1.0)
         run_tasks(run_base, first, store, workers=workers, ray=ray, resources=resources, progress=progress)
         second = second_cells(made, store)
         run_tasks(_run_second, second, store, workers=workers, ray=ray, resources=resources, progress=progress)
     names = [*made.base_cells(), *made.second_stage()]
     records = {name: found for name in names if (found := store.result(name)) is not None}
+    failures = [record for name in made.base_cells() if (record := records.get(name)) and record["failure"] is not None]
+    if len(failures) == len(made.base_cells()):
+        raise SettingsError(
+            f"every base training diverged ({failures[0]['base']}: {failures[0]['failure']['reason']}): lower --lr, and choose "
+            "another --out"
+        )
     if not any(record["cell"] == "sessions" for record in records.values()):
         raise SettingsError(f"{directory} holds no finished stream of sessions yet; run it without --render")
     return summarise(made, records, command)
 
 
+def _check_pictures(settings: FewShotSettings) -> None:
+    """Decode every picture of a folder once: one that is broken would end the experiment hours later.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    data = fewshot_views.loaded(settings.data, settings.size)
+    for images in (data.train,) if settings.validate else (data.train, data.test):
+        if images.check is not None:
+            images.check()
+
+
 def second_cells(made: Plan, store: ResultStore) -> dict[str, SessionCell | ProbeCell]:
-    """The second stage on the base networks that are there; a base training that diverged has none."""
+    """What is left of the second stage, on the base networks that are there; a base training that diverged has none.
+
+    Raises:
+        StoreError: a network that is needed is not there, or not the one its record is of.
+    """
     cells: dict[str, SessionCell | ProbeCell] = {}
+    left = {needed for name, needed in made.second_stage().items() if store.result(name) is None}
     for base_cell in made.base_cells().values():
         record = store.result(base_cell.name)
-        if record is None or record["failure"] is not None:
+        if record is None or record["failure"] is not None or (base_cell.base, base_cell.seed) not in left:
             continue
-        content = store.file(base_cell.name, ".safetensors").read_bytes()
+        path = store.file(base_cell.name, ".safetensors")
+        content = path.read_bytes() if path.is_file() else b""
+        if weights_name(content) != record["weights"]:
+            wrong = "not what its record says" if path.is_file() else "missing"
+            raise StoreError(f"{path} is {wrong}; remove {store.file(base_cell.name, '.json')} to train it again")
         base, seed, digest = base_cell.base, base_cell.seed, str(record["weights"])
         if made.settings.probe_rows:
             probe = ProbeCell(made.settings, base, seed, made.draws, content, digest)
@@ -186,17 +244,40 @@ def second_cells(made: Plan, store: ResultStore) -> dict[str, SessionCell | Prob
                 for draw in range(made.draws):
                     cell = SessionCell(made.settings, base, arm, seed, draw, made.draws, content, digest)
                     cells[cell.name] = cell
-    return cells
+    return {name: cell for name, cell in cells.items() if store.result(name) is None}
 
 
 def _run_second(cell: SessionCell | ProbeCell, report: Callable[[float], None]) -> Result:
     return Result(run_sessions(cell, report) if isinstance(cell, SessionCell) else run_probe(cell, report))
 
 
-def _save_splits(made: Plan, directory: Path) -> None:
+def _checked_splits(made: Plan, directory: Path) -> dict[Path, dict[str, Any]]:
+    """The splits by their files, checked against those that finished runs have left, all of whose draws stay.
+
+    The settings hold the name of the data and the path of a split, not what is in them.
+    """
     folder = directory / "splits"
     folder.mkdir(exist_ok=True)
+    wanted: dict[Path, dict[str, Any]] = {}
     for seed in range(made.seeds if made.settings.split is None else 1):
-        _, split = data_and_split(made.settings, seed, made.draws)
-        content: Mapping[str, Any] = split.to_dict()
-        write_json(folder / f"seed{seed}.json", dict(content))
+        path = folder / f"seed{seed}.json"
+        new = data_and_split(made.settings, seed, made.draws)[1].to_dict()
+        old = read_json(path)
+        if old is not None:
+            count = min(len(old.get("shots", ())), len(new["shots"]))
+            draws = {name: count for name in ("shots", "files")}
+            other = [
+                name for name in new if _first(old.get(name), draws.get(name)) != _first(new[name], draws.get(name))
+            ]
+            if other:
+                raise StoreError(
+                    f"{path} has other {', '.join(other)} than the data give now: the pictures or the split have changed since "
+                    "these runs; choose another --out"
+                )
+            new = max(old, new, key=lambda split: len(split["shots"]))
+        wanted[path] = new
+    return wanted
+
+
+def _first(values: Any, count: int | None) -> Any:
+    return values if count is None or values is None else values[:count]

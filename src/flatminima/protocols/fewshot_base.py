@@ -6,7 +6,7 @@ import bisect
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -54,11 +54,30 @@ class BaseCell:
 
 
 class Diverged(Exception):
-    """The loss or a gradient became NaN or infinite."""
+    """The loss, a gradient or the weights became NaN or infinite; ``step`` is ``None`` after the last one."""
 
-    def __init__(self, step: int, reason: str) -> None:
+    def __init__(self, step: int | None, reason: str) -> None:
         super().__init__(reason)
         self.step, self.reason = step, reason
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds NaN or infinity."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def reestimated(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Re-estimate BatchNorm statistics.
+
+    Raises:
+        Diverged: weights, or what a layer makes of the batches, are NaN or infinite.
+    """
+    if not all_finite(network.parameters()):
+        raise Diverged(None, "weights are not finite after the last step")
+    try:
+        reestimate_batchnorm(network.train(), batches)
+    except ValueError as error:
+        raise Diverged(None, f"after the last step: {error}") from error
 
 
 def run_base(cell: BaseCell, report: Callable[[float], None] = lambda fraction: None) -> Result:
@@ -81,12 +100,14 @@ def run_base(cell: BaseCell, report: Callable[[float], None] = lambda fraction: 
     trainer = Trainer(settings, BASES[cell.base].kind, network, view, data.train, split, cell.seed)
     try:
         record["history"] = trainer.run(lambda fraction: report(0.95 * fraction))
+        prototypes = base_prototypes(network, view, data, split)
+        if not all_finite([*network.state_dict().values(), prototypes]):
+            raise Diverged(None, "weights or prototypes are not finite after the last step")
     except Diverged as error:
         record["failure"] = {"step": error.step, "reason": error.reason}
         record["seconds"] = time.perf_counter() - started
         return Result(finite(record))
     record |= trainer.facts()
-    prototypes = base_prototypes(network, view, data, split)
     if len(split.held_out):
         z, y = embeddings(network, view, data.train, split.held_out), base_classes(data.train, split, split.held_out)
         record["held_out_accuracy"] = {
@@ -95,7 +116,7 @@ def run_base(cell: BaseCell, report: Callable[[float], None] = lambda fraction: 
         }
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     content = save_tensors({**tensors, "prototypes": prototypes})
-    record["weights"] = hashlib.sha256(content).hexdigest()[:16]
+    record["weights"] = weights_name(content)
     record["seconds"] = time.perf_counter() - started
     report(1.0)
     return Result(finite(record), {".safetensors": content})
@@ -118,6 +139,11 @@ def load_network(
     network = new_network(settings, data, split, view, 0)
     network.load_state_dict(tensors)
     return network.eval(), prototypes
+
+
+def weights_name(content: bytes) -> str:
+    """A short name of a file of weights, to know it by."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def fingerprint(network: nn.Module, split: FewShotSplit) -> str:
@@ -195,7 +221,8 @@ class Trainer:
                 network.region, settings.bound, relative=settings.relative, noise=settings.noise,
                 antithetic=settings.antithetic, seed=stream_seed("noise", seed),
             )  # fmt: skip
-        self._start = math.ceil(settings.average_start * settings.iterations)
+        # One step at least is averaged, however few there are.
+        self._start = min(math.ceil(settings.average_start * settings.iterations), settings.iterations - 1)
         self._average: WeightAverage | SWAD | None = None
         if kind == "swa":
             self._average = SWA(network, start=self._start)
@@ -242,7 +269,7 @@ class Trainer:
             self._average.copy_to(network)
         if settings.batchnorm == "reestimate":
             batches = islice(self.batches("batchnorm"), min(_BATCHNORM_BATCHES, settings.iterations))
-            reestimate_batchnorm(network.train(), (x for x, _ in batches))
+            reestimated(network, (x for x, _ in batches))
         network.eval()
         return history
 

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flatminima.data.incremental import ClassData
+from flatminima.data.splits import IntArray
 from flatminima.protocols.claims import finite
-from flatminima.protocols.fewshot_base import Diverged, base_classes, embeddings, load_network, pieces
+from flatminima.protocols.fewshot_base import Diverged, all_finite, base_classes, embeddings, load_network, pieces
 from flatminima.protocols.fewshot_exemplars import Icarl, Rebalance, base_exemplars
 from flatminima.protocols.fewshot_fsll import Fsll
 from flatminima.protocols.fewshot_joint import Joint, Retrained
@@ -88,6 +90,10 @@ def run_sessions(cell: SessionCell, report: Callable[[float], None] = lambda fra
                 begun = time.perf_counter()
                 learner.learn(shots)
                 learning += time.perf_counter() - begun
+                head = [] if learner.head is None else learner.head.parameters()
+                if not all_finite([*learner.network.state_dict().values(), learner.prototypes, *head]):
+                    # Predictions would all be the first class, which is an accuracy.
+                    raise Diverged(None, "weights or prototypes are not finite after a session")
                 record["sessions"].append(learner.facts())
             for classifier, row in scorer.correct(learner, session).items():
                 scores.setdefault(classifier, []).append(row)
@@ -138,7 +144,7 @@ class Scorer:
         digest: name of the network's weights.
     """
 
-    _cache: tuple[str, dict[int, list[Tensor]]] = ("", {})
+    _cache: tuple[str, dict[int, tuple[IntArray, list[Tensor]]]] = ("", {})
 
     def __init__(self, network: EmbeddingNetwork, view: View, data: ClassData, stream: Stream, digest: str) -> None:
         self._network, self._view, self._data, self._stream = network, view, data, stream
@@ -164,12 +170,12 @@ class Scorer:
         if learner.trunk_moved:
             return (learner.network.trunk(x) for x in pieces(self._view, self._data.test, rows))
         kept = Scorer._cache[1]
-        if group in kept:
-            return kept[group]
+        if group in kept and np.array_equal(kept[group][0], rows):  # another experiment may test other images
+            return kept[group][1]
         made = [self._network.trunk(x) for x in pieces(self._view, self._data.test, rows)]
-        held = sum(h.numel() * h.element_size() for hs in (*kept.values(), made) for h in hs)
+        held = sum(h.numel() * h.element_size() for hs in (*(old for _, old in kept.values()), made) for h in hs)
         if held <= _CACHE:
-            kept[group] = made
+            kept[group] = rows, made
         return made
 
 

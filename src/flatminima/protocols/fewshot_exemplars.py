@@ -108,7 +108,7 @@ class Rehearsal(Learner):
                 x = self.view.augmented(shots.images, rows[taken], self.generator)
                 loss = self.loss(x, classes[torch.from_numpy(taken).to(classes.device)], old, count)
                 if not torch.isfinite(loss):
-                    raise Diverged(epoch, f"the loss of a session became {float(loss)}")
+                    raise Diverged(epoch, f"the loss of a session became {float(loss.detach())}")
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def run_probe(cell: ProbeCell, report: Callable[[float], None] = lambda fraction
     Returns:
         Per part: the loss, mean of :math:`(L_i - L)^2` (the paper's I), mean rise with its standard error, variance over draws,
         largest and worst loss, and the relative drift of class means at the draws (mean) and at the worst point. For the train
-        part, the trace of the Hessian on the region.
+        part, the trace of the Hessian on the region. A network whose loss is not finite has a ``failure`` instead.
     """
     started = time.perf_counter()
     settings = cell.settings
@@ -74,7 +75,12 @@ def run_probe(cell: ProbeCell, report: Callable[[float], None] = lambda fraction
         chosen = rows[:: max(1, len(rows) // settings.probe_rows)][: settings.probe_rows]
         with torch.no_grad():
             h = torch.cat([network.trunk(x) for x in pieces(view, images, chosen)])
+            outputs = network.tail(h)[1]
         y = base_classes(images, split, chosen).to(view.device)
+        loss = float(F.cross_entropy(outputs, y))
+        if not math.isfinite(loss):
+            reason = f"the loss on {name} images is {loss}: there is nothing to compare with"
+            return {**record, "failure": {"step": None, "reason": reason}, "seconds": time.perf_counter() - started}
         region = FlatRegion(
             network.region, settings.bound, relative=settings.relative, seed=stream_seed("probe", cell.seed)
         )

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flatminima.averaging import reestimate_batchnorm
 from flatminima.data.incremental import ClassData
 from flatminima.data.splits import IntArray
-from flatminima.protocols.fewshot_base import Diverged, embeddings
+from flatminima.protocols.fewshot_base import Diverged, embeddings, reestimated
 from flatminima.protocols.fewshot_learners import Learner, classifier
 from flatminima.protocols.fewshot_network import EmbeddingNetwork, build
 from flatminima.protocols.fewshot_prototypes import class_means
@@ -86,16 +85,14 @@ class Joint(Learner):
             x = self.view.augmented(shots.images, rows[chosen], self.generator)
             loss = F.cross_entropy(self.network(x)[1], classes[torch.from_numpy(chosen).to(classes.device)])
             if not torch.isfinite(loss):
-                raise Diverged(step, f"the loss of joint training became {float(loss)}")
+                raise Diverged(step, f"the loss of joint training became {float(loss.detach())}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         if scratch:
             picks = (self._rng.choice(len(rows), size=size) for _ in range(_BATCHNORM_BATCHES))
             batches = (self.view.augmented(shots.images, rows[chosen], self.generator) for chosen in picks)
-            reestimate_batchnorm(
-                self.network.train(), islice(batches, min(_BATCHNORM_BATCHES, settings.joint_iterations))
-            )
+            reestimated(self.network, islice(batches, min(_BATCHNORM_BATCHES, settings.joint_iterations)))
         self.network.eval()
 
     def _prototypes(self, rows: IntArray, classes: Tensor) -> Tensor:

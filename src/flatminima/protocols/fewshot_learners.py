@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from flatminima.data.splits import IntArray, LabelledImages
 from flatminima.optim.flat_region import FlatRegion
-from flatminima.protocols.fewshot_base import Diverged
+from flatminima.protocols.fewshot_base import Diverged, all_finite
 from flatminima.protocols.fewshot_network import EmbeddingNetwork
 from flatminima.protocols.fewshot_prototypes import class_means, on_grid, session_loss
 from flatminima.protocols.fewshot_settings import FewShotSettings
@@ -124,6 +124,7 @@ class Metric(Learner):
             parameter.requires_grad_(True)
         bound = settings.bound if settings.clamp_bound is None else settings.clamp_bound
         self.region = FlatRegion(self.network.region, bound, relative=settings.relative)
+        self._quanta = [float(half) / 2 for half in self.region.half_widths()]  # of the centre, as the box is
         self._clamp = clamp
         self._exemplars = exemplars
         self._last: dict[str, Any] = {}
@@ -165,9 +166,11 @@ class Metric(Learner):
             optimizer.zero_grad()
             loss.backward()
             if settings.grid_step:
-                for parameter in self.network.region:
+                for parameter, quantum in zip(self.network.region, self._quanta, strict=True):
                     assert parameter.grad is not None
-                    parameter.grad = on_grid(parameter.grad, settings.session_lr, self.region.bound / 2)
+                    parameter.grad = on_grid(parameter.grad, settings.session_lr, quantum)
+            if not all_finite(p.grad for p in self.network.region if p.grad is not None):
+                raise Diverged(step, "a gradient of a session is NaN or infinite")
             optimizer.step()
             if self._clamp:
                 self.region.project_()
@@ -219,7 +222,7 @@ class FineTune(Learner):
                 x = self.view.clean(shots.images, rows)
             loss = F.cross_entropy(self.network(x)[1], classes)
             if not torch.isfinite(loss):
-                raise Diverged(step, f"the loss of a session became {float(loss)}")
+                raise Diverged(step, f"the loss of a session became {float(loss.detach())}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

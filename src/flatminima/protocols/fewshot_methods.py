@@ -44,8 +44,9 @@ BASES: Mapping[str, Base] = MappingProxyType(
         "flat-no-pf": Base("flat", {"prototype_weight": 0.0}),
         "flat-one-draw": Base("flat", {"draws": 1, "antithetic": False, "std_weight": 0.0}),
         "flat-wide": Base("flat", note=f"noise in a box {_WIDE} times as wide as the clamp"),
-        "flat-relative": Base("flat", {"relative": True, "bound": 0.1}),
-        "flat-released": Base("flat", _NO_SPLIT),
+        # A half width for the clamp is of the experiment's kind, absolute or relative: it means nothing in this box.
+        "flat-relative": Base("flat", {"relative": True, "bound": 0.1, "clamp_bound": None}),
+        "flat-released": Base("flat", {**_NO_SPLIT, "antithetic": False}),
         "sam": Base("sam"),
         "swa": Base("swa"),
         "flat-swad": Base("swad"),
@@ -149,13 +150,23 @@ def chosen_methods(names: Sequence[str]) -> list[str]:
     return [name for name in METHODS if name in names]
 
 
+def memory(method: Method, settings: FewShotSettings) -> str:
+    """Images of earlier classes that the method's sessions see with these settings."""
+    procedure, changes = ARMS[method.arm]
+    if procedure != "metric":
+        return method.memory
+    replay = changes.get("replay", settings.replay)
+    return {"none": "none", "all": f"{method.memory}, exemplars of base classes"}.get(replay, method.memory)
+
+
 def base_settings(settings: FewShotSettings, base: str) -> FewShotSettings:
     """The settings of one base training."""
     changes = dict(BASES[base].changes)
     if base == "plain-long":
         changes["iterations"] = settings.iterations * (settings.draws + 1)
     if base == "flat-wide":
-        changes |= {"bound": _WIDE * settings.bound, "clamp_bound": settings.clamp_bound or settings.bound}
+        clamp = settings.clamp_bound or settings.bound
+        changes |= {"bound": _WIDE * clamp, "clamp_bound": clamp}
     return replace(settings, **changes)
 
 

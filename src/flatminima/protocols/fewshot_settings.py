@@ -72,7 +72,7 @@ class FewShotSettings:
         joint: train joint networks from ``scratch``, or go on from the ``base`` network.
         joint_iterations: of joint training a session.
         rebalance_epochs, rebalance_lr, rebalance_images: of cRT's classifier: epochs, learning rate, images a class in a batch.
-        exemplars: of every class, for iCaRL and Rebalance.
+        exemplars: of every base class, for iCaRL, Rebalance and replay of all; of new classes all shots are kept.
         exemplar_epochs, exemplar_lr: of these methods.
         less_forget, margin, margin_classes: of Rebalance.
         fsll_threshold, fsll_epochs, fsll_lr, fsll_penalty: tensors with a largest weight up to the threshold are trained.
@@ -197,6 +197,10 @@ class FewShotSettings:
             raise SettingsError("average_start and milestones are parts of base training: give numbers between 0 and 1")
         if self.std_weight and self.draws < 2:
             raise SettingsError(f"--std-weight {self.std_weight:g} needs at least 2 --draws-per-step, got {self.draws}")
+        if self.antithetic and self.noise == "beta_grid_released":
+            raise SettingsError(
+                "beta_grid_released is not symmetric: leave out --antithetic, or choose another --noise"
+            )
         if self.antithetic and self.draws % 2:
             raise SettingsError(f"antithetic noise comes in pairs: --draws-per-step must be even, got {self.draws}")
         if self.crop is not None and self.size is not None and self.crop > self.size:
@@ -235,6 +239,8 @@ def preset(data: str, protocol: str = "small", **changes: Any) -> FewShotSetting
     for name in given:
         if name not in known:
             raise SettingsError(unknown("setting", name, sorted(known)))
+    if "split" in given and (decided := [flag(name) for name in _OF_SPLIT if name in given]):
+        raise SettingsError(f"--split decides {', '.join(decided)}: leave them out")
     chosen = _small(data) if protocol == "small" else _paper(data)
     if protocol == "released":
         chosen |= RELEASED
@@ -245,6 +251,8 @@ def preset(data: str, protocol: str = "small", **changes: Any) -> FewShotSetting
     return FewShotSettings(**{"data": data, "protocol": protocol, **chosen, **given})
 
 
+#: What a file with a split says itself.
+_OF_SPLIT = ("base", "way", "shot", "sessions", "order", "base_images", "test_images", "held_out")
 _CIFAR = {"base": 60, "way": 5, "shot": 5, "augment": "shift-flip", "model": "resnet20", "layers": 4, "bound": 0.005}
 
 
@@ -315,6 +323,8 @@ DEFECTS: Mapping[str, str] = MappingProxyType(
         "- classifier": "only F2M normalises prototypes; here every method is read with both classifiers",
         "- checkpoint": "the base checkpoint is chosen on test images of the base classes; here it is the last one",
         "- upper bound": "trained on one draw of shots only; here on the draws of all methods",
+        "- regulariser": "FSLL's penalty on the change of weights is a Python number too; here it has its gradient",
+        "- index files": "the lists of shots are not shipped; here they are in splits/",
         "- temperature": "cosine logits without temperature (miniImageNet), so that nothing moves",
     }
 )

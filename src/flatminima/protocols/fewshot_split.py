@@ -88,20 +88,27 @@ class FewShotSplit:
             if content["schema"] != 1 or content["kind"] != "few-shot split":
                 raise DataError(f"schema {content['schema']!r} of {content['kind']!r}: expected 1 of 'few-shot split'")
             return FewShotSplit(
-                data=str(content["data"]), classes=tuple(content["classes"]), base=tuple(map(int, content["base"])),
-                sessions=tuple(tuple(map(int, labels)) for labels in content["sessions"]), shot=int(content["shot"]),
+                data=str(content["data"]), classes=tuple(content["classes"]), base=tuple(map(_whole, content["base"])),
+                sessions=tuple(tuple(map(_whole, labels)) for labels in content["sessions"]), shot=_whole(content["shot"]),
                 train=_rows(content["train"]), held_out=_rows(content["held_out"]),
                 shots=tuple(tuple(map(_rows, draw)) for draw in content["shots"]), test=tuple(map(_rows, content["test"])),
                 files=tuple(tuple(map(tuple, draw)) for draw in content["files"]), seed=content["seed"],
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"this is no few-shot split: {type(error).__name__} {error}") from error
 
 
 def _rows(values: Sequence[int]) -> IntArray:
-    return np.asarray(values, dtype=np.int64).reshape(len(values))
+    return np.array([_whole(value) for value in values], dtype=np.int64)
+
+
+def _whole(value: Any) -> int:
+    """A number of the file; one that had to be rounded would name another image."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
 
 
 def make_split(
@@ -211,7 +218,8 @@ def check_split(split: FewShotSplit, data: ClassData) -> None:
 
     Raises:
         DataError: other classes; a class in two sessions; a session without classes, shots or test images; rows that do not
-            exist, occur twice, or belong to a class of another session; another number of shots than said.
+            exist, occur twice, or belong to a class of another session; another number of shots than said; shots whose files
+            have other names, so that rows count something else.
     """
     if split.classes != data.classes:
         raise DataError(f"the split is of {len(split.classes)} classes of {split.data}, {data.name} has others")
@@ -220,6 +228,8 @@ def check_split(split: FewShotSplit, data: ClassData) -> None:
         raise DataError("the split has no base classes or no later session")
     if bad := [label for label in order if not 0 <= label < len(data.classes)]:
         raise DataError(f"class {bad[0]} does not exist: {data.name} has classes 0 to {len(data.classes) - 1}")
+    if split.shot < 1:
+        raise DataError(f"shot is {split.shot}: expected at least 1")
     places: dict[int, int] = {}
     for t, group in enumerate((split.base, *split.sessions)):
         if not group:
@@ -253,6 +263,30 @@ def check_split(split: FewShotSplit, data: ClassData) -> None:
                 )
     for t, (rows, group) in enumerate(zip(split.test, (split.base, *split.sessions), strict=True), 1):
         _check_rows(rows, data.test.labels, group, f"the test images of session {t}", data)
+    if split.files and data.train.names is not None:
+        _check_files(split, data.train.names)
+
+
+def _check_files(split: FewShotSplit, names: Sequence[str]) -> None:
+    """Refuse a split whose shots are other files now: one picture more in a folder moves the rows of all that follow."""
+    here = [[[names[row] for row in rows] for rows in draw] for draw in split.shots]
+    there = [[list(files) for files in draw] for draw in split.files]
+    if here == there:
+        return
+    differ = [
+        (number, t, one, other)
+        for number, (draw, same) in enumerate(zip(here, there, strict=False))
+        for t, (ones, others) in enumerate(zip(draw, same, strict=False), 2)
+        for one, other in zip(ones, others, strict=False)
+        if one != other
+    ]
+    if not differ:
+        raise DataError("there is not one file name for every shot")
+    number, t, one, other = differ[0]
+    raise DataError(
+        f"a shot of session {t}, draw {number}, is the file {other!r}, whose row is that of {one!r} now: the pictures are not "
+        "those that the split was made of"
+    )
 
 
 def _check_rows(

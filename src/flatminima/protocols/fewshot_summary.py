@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import flatminima
 from flatminima.protocols import fewshot_table as table
 from flatminima.protocols import fewshot_verdict as verdict
 from flatminima.protocols.claims import finite
-from flatminima.protocols.fewshot_settings import PROTOCOLS
+from flatminima.protocols.fewshot_settings import PROTOCOLS, FewShotSettings, preset
 from flatminima.protocols.fewshot_views import data_and_split
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ def summarise(made: Plan, records: Mapping[str, Mapping[str, Any]], command: str
     lost = {(r["base"], r["seed"]) for r in results.bases if r["failure"] is not None}
     missing = [name for name in names if name not in records and needed.get(name) not in lost]
     data, split = data_and_split(settings, 0, made.draws)
-    rows = [table.method_row(results, name) for name in results.methods()]
+    rows = [table.method_row(results, name, settings) for name in results.methods()]
     compared = table.comparisons(results)
     flat = table.flatness(results)
+    beside = comparable(settings, len(split.base), [len(group) for group in split.sessions], split.shot)
     content = {
         "schema": 1,
         "experiment": "f2m",
@@ -60,7 +61,7 @@ def summarise(made: Plan, records: Mapping[str, Mapping[str, Any]], command: str
         "details": verdict.details(results, compared, rows, flat),
         "cautions": verdict.cautions(settings, results, len(missing), len(names)),
         "methods": rows,
-        "published": {} if settings.validate else table.published(settings.data),
+        "published": table.published(settings.data) if beside else {},
         "comparisons": compared,
         "claims": [claim.to_dict() for claim in verdict.claims(compared, flat)],
         "flatness": flat,
@@ -68,11 +69,20 @@ def summarise(made: Plan, records: Mapping[str, Mapping[str, Any]], command: str
         "defects": [list(row) for row in verdict.defects(settings, made.methods)],
         "bases": [_base(record) for record in results.bases],
         "streams": [_stream(record) for record in results.streams],
+        "unmeasured": [{name: r[name] for name in ("base", "seed", "failure")} for r in results.unmeasured],
         "quantities": {name: {"label": label, "more_is_better": more} for name, (label, more) in table.QUANTITIES.items()},
         "ablations": [name for name in table.ABLATIONS if name in results.methods()],
     }  # fmt: skip
     plain: dict[str, Any] = finite(content)
     return plain
+
+
+def comparable(settings: FewShotSettings, base: int, way: Sequence[int], shot: int) -> bool:
+    """Whether sessions are cut as in the published tables of the data set: fewer shots or classes make another problem."""
+    if settings.validate or not table.published(settings.data):
+        return False
+    paper = preset(settings.data, "paper")
+    return (base, shot) == (paper.base, paper.shot) and all(new == paper.way for new in way)
 
 
 def _base(record: Mapping[str, Any]) -> dict[str, Any]:

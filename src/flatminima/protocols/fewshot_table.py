@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flatminima.protocols.fewshot_methods import BASES, METHODS, Method
+from flatminima.protocols.fewshot_methods import BASES, METHODS, Method, memory
 from flatminima.protocols.fewshot_prototypes import session_numbers
+from flatminima.protocols.fewshot_settings import FewShotSettings
 from flatminima.study.resampling import nested_interval, sign_flip
 from flatminima.study.statistics import holm
 
@@ -93,7 +94,9 @@ class Results:
     def __init__(self, records: Iterable[Record], methods: Sequence[str], seeds: int, draws: int) -> None:
         self.seeds, self.draws, self.wanted = seeds, draws, list(methods)
         self.bases = [r for r in records if r["cell"] == "base"]
-        self.probes = [r for r in records if r["cell"] == "flatness"]
+        probes = [r for r in records if r["cell"] == "flatness"]
+        self.probes = [r for r in probes if r["failure"] is None]
+        self.unmeasured = [r for r in probes if r["failure"] is not None]
         self.streams = [r for r in records if r["cell"] == "sessions"]
         self._found = {
             (r["base"], r["arm"], r["seed"], r["draw"]): r for r in self.streams if r["failure"] is None
@@ -106,6 +109,10 @@ class Results:
                     record = self._found.get((method.base, method.arm, seed, draw))
                     if record is not None and method.classifier in record["correct"]:
                         self._numbers[name, seed, draw] = numbers_of(record, method.classifier)
+
+    def failed(self) -> list[Record]:
+        """Tasks that diverged, or found nothing to measure."""
+        return [r for r in (*self.bases, *self.streams, *self.unmeasured) if r["failure"] is not None]
 
     def methods(self) -> list[str]:
         """Those with at least one finished stream."""
@@ -131,7 +138,7 @@ class Results:
         return max((len(r["counts"]) for r in self.streams), default=0)
 
 
-def method_row(results: Results, name: str) -> dict[str, Any]:
+def method_row(results: Results, name: str, settings: FewShotSettings) -> dict[str, Any]:
     """One method: every session and every summary, each a mean with its nested interval."""
     method, count = METHODS[name], results.sessions()
 
@@ -140,7 +147,7 @@ def method_row(results: Results, name: str) -> dict[str, Any]:
 
     return {
         "name": name, "label": method.label, "base": method.base, "arm": method.arm, "classifier": method.classifier,
-        "memory": method.memory, "parts": parts(method),
+        "memory": memory(method, settings), "parts": parts(method),
         "sessions": {"accuracy": curve("accuracy", 0), "base": curve("base", 0), "novel": curve("novel", 1),
                      "harmonic": curve("harmonic", 1)},
         "numbers": {q: nested_interval(results.cells(name, q)) for q in (*QUANTITIES, "floor")},
@@ -150,7 +157,7 @@ def method_row(results: Results, name: str) -> dict[str, Any]:
 def parts(method: Method) -> str:
     """What a method is made of, in words."""
     base = BASES[method.base]
-    changes = [f"{key.replace('_', ' ')} {value}" for key, value in base.changes.items()]
+    changes = [f"{key.replace('_', ' ')} {value}" for key, value in base.changes.items() if value is not None]
     notes = [base.note] if base.note else []
     return ", ".join([f"base: {base.kind}", f"sessions: {method.arm.replace('-', ' ')}", *changes, *notes])
 

@@ -125,9 +125,8 @@ def details(results: Results, compared: Sequence[Row], rows: Sequence[Row], flat
             )  # fmt: skip
             found.append(f"{METHODS[pair[0]].label} minus {METHODS[pair[1]].label}: {words} points.")
     known = {row["name"]: row for row in rows}
-    if {"f2m", "crt"} <= known.keys():
-        gap = known["f2m"]["numbers"]["last"]["mean"] - known["crt"]["numbers"]["last"]["mean"]
-        found.append(f"F2M ends {signed(gap)} points from cRT, which sees all images in every session.")
+    if (gap := by_pair.get(("f2m", "crt"))) is not None:
+        found.append(f"F2M ends {signed(gap['last']['mean'])} points from cRT, which sees all images in every session.")
     if "baseline" in known:
         floor, last = (known["baseline"]["numbers"][name]["mean"] for name in ("floor", "last"))
         found.append(
@@ -135,9 +134,13 @@ def details(results: Results, compared: Sequence[Row], rows: Sequence[Row], flat
         )
     for row in flat["differences"]:
         if (row["base"], row["part"], row["quantity"]) == ("flat", "test", "worst_drift"):
+            mean, low, high = (
+                None if row[name] is None else signed(100 * row[name], ".1f") for name in ("mean", "low", "high")
+            )
             found.append(
-                "At the worst point of the box class means move by "
-                f"{signed(100 * row['mean'], '.1f')} % of their length, F2M's network minus the plain one (test images)."
+                f"At the worst point of the box class means move by {mean} % of their length"
+                + ("" if low is None else f" [{low}, {high}]")
+                + ", F2M's network minus the plain one (test images)."
             )
     return found
 
@@ -155,26 +158,37 @@ def cautions(settings: FewShotSettings, results: Results, missing: int, planned:
         found.append(
             f"Base networks of seed {', '.join(broken)} do not share split and initial weights: do not compare them."
         )
-    for record in [r for r in (*results.bases, *results.streams) if r["failure"] is not None][:1]:
-        count = sum(r["failure"] is not None for r in (*results.bases, *results.streams))
+    if failed := results.failed():
+        first = failed[0]
         found.append(
-            f"{count} tasks failed and are in no mean; the first is {record['base']}: {record['failure']['reason']}."
+            f"{len(failed)} tasks failed and are in no mean; the first is {first['base']}: {first['failure']['reason']}."
         )
     if settings.protocol == "small":
         found.append(
             "Reduced networks and schedules: published accuracies are of longer training, and the paper's draws of shots were "
             "never published. Only differences between methods here can be read against differences there."
         )
-    if settings.joint == "base" and {"joint", "crt"} & set(results.methods()):
+    bounds = [label for name, label in (("joint", "Joint"), ("crt", "cRT")) if name in results.methods()]
+    if settings.joint == "base" and bounds:
+        steps = settings.joint_iterations
+        starts = (
+            f"goes on from the base network ({steps} steps a session)" if steps else "keeps the base network's features"
+        )
+        found += [
+            f"{bound} {starts} instead of training anew in every session, which the paper does: the bound is that of these "
+            "features."
+            for bound in bounds
+        ]
+    if settings.split is not None:
         found.append(
-            f"Joint and cRT go on from the base network ({settings.joint_iterations} joint steps a session) instead of "
-            "training anew in every session, which the paper does: the bound is that of these features."
+            "All seeds have the class order and the shots of one split: intervals are over base networks alone and say nothing "
+            "about other classes or shots."
         )
     if results.seeds < 6:
+        nested = "" if settings.split is not None else " and contain the scatter of the draws"
         found.append(
             f"With {results.seeds} base seeds the sign-flip test cannot give a p below {2 / 2**results.seeds:.3g}. Intervals "
-            "are Student intervals over base seeds and contain the scatter of the draws; draws alone say nothing about another "
-            "base network."
+            f"are Student intervals over base seeds{nested}; draws alone say nothing about another base network."
         )
     found.append("PD rewards a weak first session: read it beside the first and the last session, never alone.")
     return found

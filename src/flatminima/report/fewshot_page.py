@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -16,6 +16,11 @@ from flatminima.report.panels import symbol
 from flatminima.report.reproduction import check_schema
 
 _QUESTION = "Does training in a flat region keep old classes when new ones come with a few images each?"
+
+
+def _ways(ways: Sequence[int]) -> str:
+    """New classes of a session; a split made elsewhere may have more in one than in another."""
+    return f"{min(ways)}" if min(ways) == max(ways) else f"{min(ways)} to {max(ways)}"
 
 
 def render_f2m(results: Mapping[str, Any]) -> str:
@@ -45,7 +50,7 @@ def render_f2m(results: Mapping[str, Any]) -> str:
         "partial": finished["partial"],
         "facts": [
             ("Data", data["name"], f"{plan['base']} base classes, then"
-             f" {plan['sessions'] - 1} × {plan['way'][0]}-way {plan['shot']}-shot"),
+             f" {plan['sessions'] - 1} × {_ways(plan['way'])}-way {plan['shot']}-shot"),
             ("Network", str(settings["model"]), f"{integer(parameters)} parameters, {settings['protocol']}"),
             ("Tasks", f"{finished['runs']} of {finished['planned']}", "finished"),
             ("Base seeds × draws", f"{plan['seeds']} × {plan['draws']}", "draws of shots within a seed"),

@@ -21,6 +21,7 @@ from flatminima.report.panels import (
     marker,
     safe,
     spread,
+    wrapped,
 )
 
 Results = Mapping[str, Any]
@@ -94,7 +95,7 @@ def _forest(results: Results, quantity: str, title: str) -> Panel | None:
         return None
     traces: list[Any] = []
     reach = [0.0]
-    names = [safe(f"{label(results, r['method'])} − {label(results, r['baseline'])}") for r in rows]
+    names = [wrapped(f"{label(results, r['method'])} − {label(results, r['baseline'])}", 24) for r in rows]
     for place, (row, text) in enumerate(zip(rows, names, strict=True)):
         stat = row["quantities"][quantity]
         mean, low, high = (as_finite(stat.get(key)) for key in ("mean", "low", "high"))
@@ -116,7 +117,7 @@ def _forest(results: Results, quantity: str, title: str) -> Panel | None:
         "line": {"color": "var(--rule)", "width": 1.4},
     }  # fmt: skip
     x = axis("difference, points", range=list(spread(reach, 0.08)))
-    figure = drawn(traces, x, y, 80 + 30 * len(rows), shapes=[zero])
+    figure = drawn(traces, x, y, 80 + 36 * len(rows), shapes=[zero])
     return Panel(figure, title, f"{title}: paired differences with 95 % intervals over base seeds.")
 
 

@@ -267,9 +267,12 @@ def settings_table(results: Results) -> Table:
 def failures_table(results: Results) -> Table:
     """The tasks that diverged."""
     rows = [
-        (Cell(r["base"]), Cell(str(r.get("arm", "base training"))), Cell(str(r["seed"])), Cell(integer(r["failure"]["step"])),
+        (Cell(r["base"]), Cell(str(r.get("arm", what))), Cell(str(r["seed"])), Cell(integer(r["failure"]["step"])),
          Cell(r["failure"]["reason"]))
-        for r in (*results["bases"], *results["streams"])
+        for what, records in (
+            ("base training", results["bases"]), ("", results["streams"]), ("flatness", results.get("unmeasured", ())),
+        )
+        for r in records
         if r["failure"] is not None
     ]  # fmt: skip
     heads = (("Base", False), ("Arm", False), ("Seed", True), ("Step", True), ("Reason", False))

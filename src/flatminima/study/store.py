@@ -51,7 +51,7 @@ class ResultStore:
 
     def result(self, name: str) -> dict[str, Any] | None:
         """Record of a finished task, or ``None``; a file that somebody emptied is no record."""
-        return self._read(self.file(name, ".json")) or None
+        return read_json(self.file(name, ".json")) or None
 
     def save(self, name: str, record: dict[str, Any], files: Mapping[str, bytes] | None = None) -> None:
         """Files first, then the record that vouches for them; its presence means that the task is done."""
@@ -65,7 +65,7 @@ class ResultStore:
             if directory.exists() and not directory.is_dir():
                 raise StoreError(f"{directory} is a file; --out must name a directory")
             if marker.exists():
-                self._compare(self._read(marker), settings)
+                self._compare(read_json(marker), settings)
             elif directory.exists() and any(not _is_partial_marker(path) for path in directory.iterdir()):
                 raise StoreError(
                     f"{directory} is not empty and holds no {self._kind} (no {_MARKER}); choose a new or an empty directory"
@@ -95,16 +95,6 @@ class ResultStore:
                 "give the same settings to resume it, or another --out"
             )
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any] | None:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            return None  # cannot come from write_json; whatever it is, the run is not finished
-        return content if isinstance(content, dict) else None
-
 
 class RunStore(ResultStore):
     """Files of a comparison under one directory; arguments and errors as of :class:`ResultStore`."""
@@ -122,7 +112,7 @@ class RunStore(ResultStore):
 
     def _record(self, path: Path, *keys: str) -> dict[str, Any] | None:
         # A file somebody else left or emptied is no record: the run is then done again.
-        record = self._read(path)
+        record = read_json(path)
         return record if record is not None and all(key in record for key in keys) else None
 
     def save_trained(self, run: str, model: nn.Module, record: dict[str, Any]) -> None:
@@ -141,12 +131,23 @@ class RunStore(ResultStore):
     @classmethod
     def settings_of(cls, weights: Path) -> dict[str, Any] | None:
         """The settings of the comparison that this file of weights is a run of, or ``None``."""
-        return cls._read(weights.resolve().parent.parent / _MARKER) if weights.resolve().parent.name == "runs" else None
+        return read_json(weights.resolve().parent.parent / _MARKER) if weights.resolve().parent.name == "runs" else None
 
 
 def _is_partial_marker(path: Path) -> bool:
     """What :func:`write_bytes` leaves when it is killed."""
     return path.name.startswith(f".{_MARKER}.")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What :func:`write_json` left, or ``None``."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return None  # cannot come from write_json; whatever it is, the run is not finished
+    return content if isinstance(content, dict) else None
 
 
 def write_json(path: Path, content: dict[str, Any], *, indent: int | None = 1) -> None:
