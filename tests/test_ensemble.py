@@ -281,6 +281,18 @@ def test_a_loss_that_is_not_finite_fails_that_member_alone():
     assert equal(found[2], train_alone(some[2]))
 
 
+def test_what_diverges_after_its_stop_criterion_keeps_the_network_of_then():
+    stop, growing = (
+        StopSpec("loss", 1e38, max_epochs=1, fixed_steps=60),
+        OptimiserSpec(lr=1.0, weight_decay=1e3, batch_size=32),
+    )
+    some = [dataclasses.replace(t, optimiser=growing) for t in trainings(2, stop=stop)]
+    for found in (*train_together(some), train_alone(some[0])):
+        assert (found.met, found.failure, found.fixed) == (True, "", None)
+        assert found.diverged.startswith("the training loss is ")
+        assert found.stopped.epochs == 1
+
+
 def test_a_missed_criterion_is_told_from_a_met_one():
     found = train_alone(trainings(1, stop=StopSpec("loss", 1e-9, max_epochs=2))[0])
     assert not found.met

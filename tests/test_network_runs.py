@@ -243,3 +243,14 @@ def test_running_statistics_are_part_of_a_network():
     with torch.no_grad():
         right = network(data.x).argmax(1) == data.y
     assert record.values["train.accuracy"] == pytest.approx(float(right.double().mean()))
+
+
+def test_a_network_that_diverges_after_its_stop_criterion_is_kept_as_it_was():
+    spec = RunSpec(
+        "s", (), DataSpec("digits", 100, probes=0), ModelSpec("mlp", (("hidden", (8, 8)),)),
+        OptimiserSpec(lr=1.0, weight_decay=1e3, batch_size=50), StopSpec("loss", 1e38, max_epochs=1, fixed_steps=60),
+    )  # fmt: skip
+    (record,) = run_batch([spec], lambda fraction: None)
+    assert record.status == "finished"
+    assert "test.accuracy" in record.values
+    assert record.missing["fixed.test.accuracy"].startswith("the training loss is ")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -175,6 +176,15 @@ def test_a_ray_cluster_gives_the_same_store_also_when_its_workers_are_killed(clu
         run_tasks(square, {"bad": Task(99, tmp_path)}, store, ray=cluster, workers=1)
     with pytest.raises(WorkerLostError, match="ended 3 times"):
         run_tasks(square, {"always": Task(50, tmp_path, deaths=9)}, store, ray=cluster)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "[::1]:{}", "127.0.0.1:99999999"])
+def test_an_address_where_nothing_listens_is_an_error_at_once(address: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ClusterError, match=r"--ray \S+: .+; give HOST:PORT of a cluster that is up"):
+        RayExecutor(square, address.format(port), None)
 
 
 @pytest.mark.slow

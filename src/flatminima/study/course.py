@@ -63,12 +63,14 @@ class Trained:
         met: whether the criterion was met.
         failure: why there is no network to speak of (a loss that is not finite), or empty.
         fixed: after ``fixed_steps`` steps, where that was asked for and the loss was finite.
+        diverged: why there is nothing ``fixed`` although the training had ended well before, or empty.
     """
 
     stopped: Snapshot
     met: bool
     failure: str = ""
     fixed: Snapshot | None = None
+    diverged: str = ""
 
 
 class Course:
@@ -80,6 +82,7 @@ class Course:
         self._stopped: Snapshot | None = None
         self._met = False
         self._failure = ""
+        self._diverged = ""
         self._fixed: Snapshot | None = None
         self.epoch = 0
         self.step = 0
@@ -120,8 +123,11 @@ class Course:
         right = logits.argmax(1) == y
         found = Snapshot(weights, self.epoch, self.step, loss, float(right.double().mean()))
         if not math.isfinite(loss):
-            self._failure = f"the training loss is {loss} at epoch {self.epoch} (step {self.step})"
-            self._stopped = self._stopped or found
+            reason = f"the training loss is {loss} at epoch {self.epoch} (step {self.step})"
+            if self._stopped is None:
+                self._stopped, self._failure = found, reason
+            else:  # the network that the study asks for is there; only the second look at it is lost
+                self._diverged = reason
             return
         if self.step == stop.fixed_steps and self._fixed is None:
             self._fixed = found
@@ -149,7 +155,7 @@ class Course:
     @property
     def over(self) -> bool:
         """Whether there is nothing left to do."""
-        if self._failure:
+        if self._failure or self._diverged:
             return True
         return self._stopped is not None and (self.training.stop.fixed_steps is None or self._fixed is not None)
 
@@ -161,7 +167,7 @@ class Course:
     def result(self) -> Trained:
         """How it ended; only once it is over."""
         assert self._stopped is not None
-        return Trained(self._stopped, self._met and not self._failure, self._failure, self._fixed)
+        return Trained(self._stopped, self._met and not self._failure, self._failure, self._fixed, self._diverged)
 
 
 def learning_rate(optimiser: OptimiserSpec, epoch: int, max_epochs: int) -> float:

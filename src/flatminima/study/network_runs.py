@@ -101,6 +101,8 @@ def _record(spec: RunSpec, training: Training, found: Trained) -> Record:
         fixed.measures()
         numbers |= {f"fixed.{name}": value for name, value in _training_values(found.fixed).items()} | fixed.values
         missing |= fixed.missing
+    elif found.diverged:
+        missing["fixed.test.accuracy"] = found.diverged
     assert values.predictions is not None
     artefacts = {
         "weights.safetensors": save({name: w.contiguous() for name, w in stopped.weights.items()}),

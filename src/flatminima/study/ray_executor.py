@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +22,7 @@ from flatminima.data.files import VARIABLE
 from flatminima.study.executor import Event, Work, gathered
 
 _HANDED_ON = (VARIABLE,)
+_PATIENCE = 10.0  # seconds, for a machine to answer at all
 
 
 class ClusterError(ValueError):
@@ -120,6 +123,7 @@ def _imported() -> Any:
 
 
 def _connect(ray: Any, address: str) -> None:
+    _probe(address)
     environment = {name: os.environ[name] for name in _HANDED_ON if os.environ.get(name)}
     try:
         ray.init(
@@ -127,11 +131,26 @@ def _connect(ray: Any, address: str) -> None:
             runtime_env={"env_vars": environment} if environment else None,
         )  # fmt: skip
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ClusterError(
-            f"--ray {address}: {reason}; give HOST:PORT of a cluster that is up (ray start --head prints it), "
-            "auto for the one this machine belongs to, or local"
-        ) from error
+        raise _unusable(address, error) from error
+
+
+def _probe(address: str) -> None:
+    """Where nothing listens Ray itself tries for minutes, and then ends the whole process."""
+    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise _unusable(address, error) from error
+
+
+def _unusable(address: str, error: Exception) -> ClusterError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ClusterError(
+        f"--ray {address}: {reason}; give HOST:PORT of a cluster that is up (ray start --head prints it), "
+        "auto for the one this machine belongs to, or local"
+    )
 
 
 def _call(work: Work[Any], job: Any, index: int, reports: Any, version: str) -> Any:
