@@ -188,6 +188,7 @@ def test_networks_of_one_ensemble() -> None:
         ('label = "hutchinson-30"', 'label = "trace"', 46, "measures[1].label: 'trace' is the second of this name"),
         ("max_probes = 30", "probes = 30", 48, "measures[1].options.probes: unknown option of the measures 'probes'"),
         ("max_probes = 30", "max_probes = 3", 48, "measures[1].options: max_probes must be at least 10, got 3"),
+        ('name = "hutchinson_trace"', 'name = "pair_proxy"', 48, "measures[1].options.max_probes: pair_proxy takes no options"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_with_line_and_field(old: str, new: str, line: int, said: str) -> None:

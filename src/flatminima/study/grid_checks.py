@@ -154,6 +154,11 @@ def check_measures(measures: Sequence[MeasureSpec], path: Path, problems: Proble
     if measure.name not in MEASURES:
         problems.add((*path, "name"), unknown("measure", measure.name, (*MEASURES, *STUDY_MEASURES)))
     known = tuple(field.name for field in dataclasses.fields(MeasureOptions))
+    if measure.name == "pair_proxy" and measure.options:  # its probes are those of the data, and it is exact
+        problems.add(
+            (*path, "options", measure.options[0][0]), "pair_proxy takes no options here: data.probes counts probes"
+        )
+        return
     for option in dict(measure.options):
         if option not in known:
             problems.add((*path, "options", option), unknown("option of the measures", option, known))

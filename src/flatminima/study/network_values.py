@@ -137,7 +137,7 @@ class NetworkValues:
                 self._put(name, study_value(network, asked, seed))
                 return
             if asked.name == "pair_proxy":
-                self._pair_proxy(name, network, extras=group == "measure")
+                self._pair_proxy(name, asked.label, network, extras=group == "measure")
                 return
             key = asked.options
             if key not in benches:
@@ -151,7 +151,7 @@ class NetworkValues:
         if errors and found.applies and found.error is not None and found.error_kind not in ("exact", "rounding"):
             self._put(f"error.{asked.label}", found.error)
 
-    def _pair_proxy(self, name: str, network: Network, extras: bool) -> None:
+    def _pair_proxy(self, name: str, label: str, network: Network, extras: bool) -> None:
         """The proxy with what it is made of: true and wrong classes, and the undecided pairs, of which there must be none."""
         data = self._data
         layer = last_layer(Objective(network.precise, F.cross_entropy, (data.x.double(), data.y), check=False)).name
@@ -159,7 +159,7 @@ class NetworkValues:
         found = pair_proxy(train, data.y, probes, classes=data.classes, probe_labels=data.probe_labels)
         self._put(name, float(found.value))
         if extras:
-            self._put("error.pair_proxy", float(found.upper - found.value))
+            self._put(f"error.{label}", float(found.upper - found.value))
             self._put("covariate.pair_proxy.true_feasible", float(found.true_feasible or 0))
             self._put("covariate.pair_proxy.wrong_feasible", float(found.wrong_feasible or 0))
             self._put("covariate.training_feasible", float(bool(found.training_feasible)))
