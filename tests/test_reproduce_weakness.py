@@ -310,7 +310,12 @@ def test_vanishing_page_says_what_was_not_run(tmp_path, monkeypatch):
     database(tmp_path, "vanishing", RunTable(vanishing_table().records[:100]))
     results = reproduce_vanishing(tmp_path, full=True, run=False)
     assert [part.grid.name for part in vanishing_parts(full=True)] == ["batch-rate-rows", "vanishing"]
-    assert "1 of the abstract's 2 differences reproduced, 0 not, 1 not run" in results["answer"]
+    matched = [e["difference"] for e in results["differences"] if "rate" in e["kind"] and e["low"] is not None]
+    ends = " to ".join(f"{value:+.2f}".replace("-", "−") for value in (min(matched), max(matched)))
+    assert results["answer"] == (
+        "1 of the abstract's 2 differences reproduced, 0 not, 1 not run. With one learning rate for both, large minus small "
+        f"batches is {ends} points."
+    )
     assert any("500, 6,000, 12,000, 24,000, 60,000 rows" in caution for caution in results["cautions"])
     entry = next(cell for cell in results["cells"] if cell["rows"] == 60_000)
     assert entry["not run"] == 25

@@ -27,6 +27,12 @@ def summary(
             f"{good} of the abstract's {len(PUBLISHED)} differences reproduced, {len(claims) - good} not, "
             f"{len(PUBLISHED) - len(claims)} not run."
         )
+    matched = [e["difference"] for e in differences if e["kind"] != "as the source" and e["low"] is not None]
+    if matched:
+        answer += (
+            f" With one learning rate for both, large minus small batches is {signed(min(matched))} to {signed(max(matched))} "
+            "points."
+        )
     details = [_words(entry) for entry in differences if entry["low"] is not None]
     details += [f"{v['name']}: {v['statement']} {v['outcome'].capitalize()}. {v['reason']}" for v in verdicts]
     return {"answer": answer, "details": details}
