@@ -125,7 +125,7 @@ def matched(table: RunTable, sizes: Collection[int] = ()) -> list[dict[str, Any]
     """
     finished, found = table.finished, []
     for rows in sorted({*sizes, *(record.spec["data"]["rows"] for record in table.records)}):
-        part = finished.where(lambda record, rows=rows: record.spec["data"]["rows"] == rows)  # type: ignore[misc]
+        part = finished.of_rows(rows)
         for kind, small_rate, large_rate in (
             ("as the source", _SOURCE["small"], _SOURCE["large"]),
             ("small batches' rate", "small", "small"),
@@ -178,9 +178,7 @@ def trace_correlations(table: RunTable) -> list[dict[str, Any]]:
     """
     finished, found = table.finished, []
     for rows in sorted({record.spec["data"]["rows"] for record in table.records}):
-        part = finished.where(
-            lambda record, rows=rows: record.spec["data"]["rows"] == rows and _own_rate(record.spec["cell"])  # type: ignore[misc]
-        )
+        part = finished.of_rows(rows).where(_own_rate)
         if min(sum(cell["batch"] == batch for cell in part.spec("cell")) for batch in _SOURCE) < 3:
             continue
         y, regimes = part.column(OUTCOME), [cell["batch"] for cell in part.spec("cell")]
@@ -212,9 +210,7 @@ def agreement(found: Found) -> list[dict[str, Any]]:
     """
     entries = []
     for rows in sorted({record.spec["data"]["rows"] for record in found.table.records}):
-        part = found.table.finished.where(
-            lambda record, rows=rows: record.spec["data"]["rows"] == rows and _own_rate(record.spec["cell"])  # type: ignore[misc]
-        )
+        part = found.table.finished.of_rows(rows).where(_own_rate)
         if len(part) < 3:
             continue
         labels_ = load_subset(next(r for r in found.grid.runs() if r.data.rows == rows).data).test_labels.numpy()
@@ -238,20 +234,21 @@ def others_right(right: NDArray[np.bool_]) -> NDArray[np.float64]:
     return np.array([shares[~own].mean() if not own.all() else math.nan for own in right])
 
 
-def _own_rate(cell: Mapping[str, Any]) -> bool:
+def _own_rate(record: Record) -> bool:
+    cell = record.spec["cell"]
     return bool(_SOURCE[cell["batch"]] == cell["rate"])
 
 
-def _missed(table: RunTable, rows: int, batch: str, rate: str) -> int:
-    def is_one(r: Record) -> bool:
-        cell = r.spec["cell"]
-        return r.status == "missed" and (r.spec["data"]["rows"], cell["batch"], cell["rate"]) == (rows, batch, rate)
+def _cell(table: RunTable, batch: str, rate: str) -> RunTable:
+    return table.where(lambda record: (record.spec["cell"]["batch"], record.spec["cell"]["rate"]) == (batch, rate))
 
-    return len(table.where(is_one))
+
+def _missed(table: RunTable, rows: int, batch: str, rate: str) -> int:
+    return len(_cell(table.of_rows(rows).with_status("missed"), batch, rate))
 
 
 def _accuracies(table: RunTable, batch: str, rate: str) -> NDArray[np.float64]:
-    chosen = table.where(lambda r: r.spec["cell"]["batch"] == batch and r.spec["cell"]["rate"] == rate)
+    chosen = _cell(table, batch, rate)
     return chosen.column(OUTCOME) if len(chosen) else np.empty(0)
 
 

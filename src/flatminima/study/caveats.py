@@ -50,7 +50,7 @@ def of_data(
 def _unfinished(table: RunTable) -> list[str]:
     found = []
     for status, words in (("missed", "did not reach their stop criterion within the cap"), ("failed", "failed")):
-        left = table.where(lambda record, status=status: record.status == status)  # type: ignore[misc]
+        left = table.with_status(status)
         if not len(left):
             continue
         cells = Counter(_cell(record.spec) for record in left.records)

@@ -44,7 +44,7 @@ class RunTable:
     @property
     def finished(self) -> RunTable:
         """Those that met their stop criterion; only these are compared."""
-        return self.where(lambda record: record.status == "finished")
+        return self.with_status("finished")
 
     @cached_property
     def names(self) -> list[str]:
@@ -92,6 +92,14 @@ class RunTable:
     def of_data(self, name: str) -> RunTable:
         """The records of one data set."""
         return self.where(lambda record: record.spec["data"]["name"] == name)
+
+    def of_rows(self, rows: int) -> RunTable:
+        """The records of networks with so many training rows."""
+        return self.where(lambda record: record.spec["data"]["rows"] == rows)
+
+    def with_status(self, status: str) -> RunTable:
+        """The records that ended so: finished, missed or failed."""
+        return self.where(lambda record: record.status == status)
 
     @cached_property
     def subsets(self) -> list[Hashable]:
