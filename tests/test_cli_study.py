@@ -68,8 +68,10 @@ def test_a_study_from_its_template_to_its_page(run: Run, tmp_path: Path) -> None
         assert opened.meta("rules")["written"]
     status = run("study", "status", database)
     assert "tiny: 12 networks: 12 finished" in status.out
-    reported = run("study", "report", database, "--draws", 200, "--json", tmp_path / "r.json")
+    written = ("--json", tmp_path / "r.json", "--table", tmp_path / "r.md")
+    reported = run("study", "report", database, "--draws", 200, *written)
     assert reported.status == 0, reported.err
+    assert "flatminima study report" in (tmp_path / "r.md").read_text()
     assert "<html" in (tmp_path / "mine.html").read_text()
     assert json.loads((tmp_path / "r.json").read_text())["counts"]["finished"] == 12
     assert "H1 undecided" in reported.out

@@ -22,6 +22,7 @@ from flatminima.names import unknown
 from flatminima.protocols.study_files import SHIPPED, shipped
 from flatminima.report.study_page import render_study
 from flatminima.report.study_status import status_tables
+from flatminima.report.study_tables import study_markdown
 from flatminima.study.analysis import analyse
 from flatminima.study.bootstrap import DRAWS
 from flatminima.study.database import StudyDatabase, StudyError
@@ -132,6 +133,7 @@ def report(
     paths: _Databases,
     out: Annotated[Path | None, typer.Option(help="The page (default: beside the first database, as .html).")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all figures there.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Also write answer and tables there, as Markdown.")] = None,
     outcome: Annotated[str, typer.Option(help="The value to be predicted; export lists the names.")] = "test.accuracy",
     draws: Annotated[int, typer.Option(help="Resamples of intervals and permutations.")] = DRAWS,
     seed: Annotated[int, typer.Option(help="Of these.")] = 0,
@@ -166,13 +168,16 @@ def report(
     write_file(page, render_study(found).encode())
     if json_path is not None:
         write_file(json_path, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
+    if table is not None:
+        write_file(table, study_markdown(found).encode())
     _out.print(found["answer"], highlight=False, markup=False)
     for verdict in found["verdicts"]:
         _out.print(f"{verdict['name']} {verdict['outcome']}: {verdict['reason']}", highlight=False, markup=False)
     for caution in found["cautions"]:
         _out.print(f"careful: {caution}", highlight=False, markup=False)
-    for path in (page, *([json_path] if json_path else [])):
-        _show(path)
+    for path in (page, json_path, table):
+        if path is not None:
+            _show(path)
 
 
 def _written(databases: list[StudyDatabase]) -> Preregistration | None:
