@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 
 from flatminima.cli import main
+from flatminima.data import DataError
 from flatminima.protocols.study_files import SHIPPED, Found, read_study, run_parts, shipped
 from flatminima.protocols.vanishing import _claims as vanishing_claims
 from flatminima.protocols.vanishing import (
@@ -303,6 +304,23 @@ def test_what_is_there_is_rendered_and_what_is_not_is_said(tmp_path):
     }
     assert found["head-to-head-digits"].counts["not run"] == 426
     assert read_study(shipped("model-selection"), tmp_path / "no.sqlite").counts["not run"] == 300
+
+
+@pytest.mark.parametrize(
+    ("made", "data"),
+    [("pair-proxy-mnist", "mnist"), ("head-to-head-digits", "mnist"), ("pair-proxy-digits", "digits"), (None, "mnist")],
+)
+def test_reading_needs_no_pictures(tmp_path, monkeypatch, made, data):
+    """Without files ``auto`` trains on digits; whoever only reads gets what is in the folder."""
+    monkeypatch.setattr("flatminima.protocols.weakness.load_subset", _nothing)
+    if made is not None:
+        database(tmp_path, made, RunTable(()))
+    assert reproduce_weakness(tmp_path, run=False)["settings"]["data"] == data
+    assert reproduce_weakness(tmp_path, data="mnist", run=False)["settings"]["data"] == "mnist"
+
+
+def _nothing(spec):
+    raise DataError("no files")
 
 
 def test_vanishing_page_says_what_was_not_run(tmp_path, monkeypatch):

@@ -82,7 +82,8 @@ def reproduce_weakness(
 
     Args:
         folder: of the databases; what is there is not made again.
-        data: ``mnist``, ``digits`` (embedded; a smoke run), or ``auto``: MNIST where its files are, digits otherwise.
+        data: ``mnist``, ``digits`` (embedded; a smoke run), or ``auto``: MNIST where its files are, digits otherwise. Reading
+            needs no files; there ``auto`` is MNIST unless digits alone are in the folder.
         full: also model selection (300 networks) and the head-to-head studies (426 networks on each of three data sets).
         workers, ray: where to run; see :func:`~flatminima.study.run_study.run_study`.
         run: if not, only what is there is read.
@@ -99,7 +100,7 @@ def reproduce_weakness(
     """
     if data not in DATA:
         raise ValueError(unknown("data set", data, DATA))
-    name = _there(data)
+    name = _there(data) if run else _made(data, folder)
     found = run_parts(weakness_parts(name, full=full), folder, workers=workers, ray=ray, run=run, progress=progress)
     proxies = [study for key, study in found.items() if key.startswith("pair-proxy")]
     claims = [claim for study in proxies for claim in _claims(study.table)]
@@ -195,6 +196,17 @@ def _there(data: str) -> str:
             raise
         return "digits"
     return name
+
+
+def _made(data: str, folder: Path) -> str:
+    """The data set of the databases in a folder: whoever only reads them needs no pictures."""
+    if data != "auto":
+        return data
+    made = {path.stem for path in folder.glob("*.sqlite")}
+    there = [
+        name for name in ("mnist", "digits") if made & {part.grid.name for part in weakness_parts(name, full=True)}
+    ]
+    return there[0] if there else "mnist"
 
 
 def _claims(table: RunTable) -> list[Claim]:
