@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 #: Where an expected value comes from.
@@ -106,6 +107,18 @@ def signed(value: float, digits: str = ".2f") -> str:
         ('−0.31', '+0.20')
     """
     return f"{value:+{digits}}".replace("-", "−")
+
+
+def holds(low: float, high: float, published: float) -> bool:
+    """Whether an interval holds a published figure, which stands for every number that is rounded to its last digit.
+
+    Example:
+        >>> holds(1.17, 1.58, 1.6), holds(1.17, 1.54, 1.6)
+        (True, False)
+    """
+    figure = Decimal(repr(published))
+    half = Decimal((0, (5,), int(figure.as_tuple().exponent) - 1))
+    return low <= float(figure + half) and float(figure - half) <= high
 
 
 def _shown(value: Any) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 import flatminima
-from flatminima.protocols.claims import PAPER, Claim, finite
+from flatminima.protocols.claims import PAPER, Claim, finite, holds
 from flatminima.protocols.study_files import Found, Part, run_parts, shipped
 from flatminima.protocols.vanishing_words import GRID, PUBLISHED, cautions, critique, slope_words, summary
 from flatminima.protocols.weakness import OUTCOME, labels, network_columns
@@ -291,7 +291,7 @@ def _claims(differences: Sequence[Mapping[str, Any]]) -> list[Claim]:
         claim.expected["percentage points"], claim.measured["percentage points"] = value, entry["difference"]
         claim.expected["95 % interval"] = f"holds {value:+g}"
         claim.measured["95 % interval"] = inside = f"{entry['low']:+.3f} to {entry['high']:+.3f}"
-        if not entry["low"] <= value <= entry["high"]:
+        if not holds(entry["low"], entry["high"], value):
             claim.failures.append(f"the interval is {inside}, without the published {value:+g}")
         claims.append(claim)
     return claims

@@ -19,7 +19,7 @@ import flatminima
 from flatminima.data import DataError
 from flatminima.measures import MEASURES
 from flatminima.names import unknown
-from flatminima.protocols.claims import PAPER, Claim, finite, signed
+from flatminima.protocols.claims import PAPER, Claim, finite, holds, signed
 from flatminima.protocols.study_files import Found, Part, run_parts, shipped
 from flatminima.protocols.weakness_words import study_cautions, summary
 from flatminima.study.bootstrap import Estimate
@@ -244,7 +244,7 @@ def _failures(found: Estimate, rho: float | None) -> list[str]:
     inside = f"interval is {_span(found)}"
     if rho is None:
         return [] if found.p > _ALPHA else [f"there is a correlation: {inside}"]
-    failures = [] if found.low <= rho <= found.high else [f"{inside}, without the published {signed(rho, '.3f')}"]
+    failures = [] if holds(found.low, found.high, rho) else [f"{inside}, without the published {signed(rho, '.3f')}"]
     return failures + ([] if found.low > 0 or found.high < 0 else [f"{inside}: no correlation is shown"])
 
 
