@@ -71,7 +71,7 @@ def reproduce_vanishing(
     Raises:
         DataError: MNIST is not there; StudyError: as of ``run_study``.
 
-    The preset takes about 10 CPU minutes.
+    The preset takes about 9 CPU minutes.
     """
     parts = vanishing_parts(full=full)
     load_subset(parts[0].grid.cells[0].data)  # refused before anything is made
