@@ -72,6 +72,43 @@ def test_a_study_runs_to_its_end_and_is_not_run_again(folder: Path, whole: objec
     assert [p.name for p in folder.iterdir() if p.name.startswith("s.sqlite")] == ["s.sqlite"]
 
 
+BATCHES = """
+schema = 1
+name = "batches"
+[data]
+name = "digits"
+rows = 1500
+probes = 10
+[model]
+name = "mlp"
+hidden = [8]
+[stop]
+rule = "never"
+max_epochs = 1
+[seeds]
+count = 6
+[factors]
+batch_size = [64, 1500]
+"""
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(None, [6, 3, 3]), (5, [3, 3, 3, 3]), (100, [6, 6])])
+def test_a_worker_is_given_no_more_than_is_trained_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int | None, sizes: list[int]
+) -> None:
+    """More would leave the others without work: full batches are trained a few at a time, whatever comes together."""
+    given = []
+
+    def run(work: Any, jobs: Any, *, done: Any, progress: Any, **_: object) -> None:
+        for index in range(len(jobs)):
+            given.append(len(job := jobs[index]))
+            done(index, list(work(job, partial(progress, index))))
+
+    monkeypatch.setattr(module, "run_jobs", run)
+    run_study(Grid.parse(BATCHES), tmp_path / "s.sqlite", batch=batch)
+    assert given == sizes
+
+
 def kill_at(path: Path, seconds: float) -> int:
     """A study in a process of its own, killed with its workers so long after the first record."""
     process = subprocess.Popen(

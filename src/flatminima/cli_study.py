@@ -75,7 +75,7 @@ def run(
         int | None, typer.Option(help="Processes (default: one per core; on Ray: as many as fit).")
     ] = None,
     ray: Annotated[str | None, typer.Option(help="Run on a Ray cluster: host:port, auto or local.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Most networks trained together.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Most networks that a worker is given at a time.")] = None,
     rules: Annotated[
         str | None,
         typer.Option(

@@ -134,11 +134,15 @@ def train_together(trainings: Sequence[Training], progress: Progress = lambda fr
     return found
 
 
+def most_at_once(training: Training) -> int:
+    """How many networks like this one a turn has at most."""
+    step = min(training.optimiser.batch_size, len(training.y)) * training.x[0].numel()
+    return max(1, (OTHER_NUMBERS if dense_layers(training.model) is None else DENSE_NUMBERS) // step)
+
+
 def turns(trainings: Sequence[Training]) -> Iterator[Sequence[Training]]:
     """The members that are trained at once; one by one where a step of one network is already large."""
-    first = trainings[0]
-    step = min(first.optimiser.batch_size, len(first.y)) * first.x[0].numel()
-    size = max(1, (OTHER_NUMBERS if dense_layers(first.model) is None else DENSE_NUMBERS) // step)
+    size = most_at_once(trainings[0])
     size = -(-len(trainings) // -(-len(trainings) // size))  # turns of equal length
     for start in range(0, len(trainings), size):
         yield trainings[start : start + size]

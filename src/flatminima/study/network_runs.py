@@ -14,7 +14,7 @@ from torch import nn
 
 from flatminima.models import build
 from flatminima.study.course import Snapshot, Trained, Training
-from flatminima.study.ensemble import train_together, turns
+from flatminima.study.ensemble import most_at_once, train_together, turns
 from flatminima.study.network_values import NetworkValues
 from flatminima.study.run_spec import PREDICTIONS, Record, RunSpec
 from flatminima.study.subsets import Subset, load_subset
@@ -71,6 +71,21 @@ def run_batch(specs: Sequence[RunSpec], report: Callable[[float], None]) -> Iter
                 yield dataclasses.replace(record, seconds=each + time.process_time() - began)
                 report(low + share * (_TRAINING_SHARE + (1 - _TRAINING_SHARE) * number / len(turn)))
             done += len(turn)
+
+
+def members_at_once(spec: RunSpec) -> int:
+    """Most networks like this one that are trained at once: a larger batch of them takes as long as several small ones.
+
+    Raises:
+        DataError: as of :func:`run_batch`.
+
+    Example:
+        >>> from flatminima.study.run_spec import DataSpec, ModelSpec, OptimiserSpec
+        >>> spec = RunSpec("tiny", (), DataSpec("digits", 1000), ModelSpec("mlp", (("hidden", (8,)),)))
+        >>> members_at_once(spec), members_at_once(dataclasses.replace(spec, optimiser=OptimiserSpec(batch_size=1000)))
+        (97, 6)
+    """
+    return most_at_once(_training(spec))
 
 
 def _training(spec: RunSpec) -> Training:

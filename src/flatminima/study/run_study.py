@@ -16,12 +16,13 @@ from flatminima.study.database import StudyDatabase, StudyError
 from flatminima.study.executor import Report
 from flatminima.study.export import flattened
 from flatminima.study.grid import Grid
-from flatminima.study.network_runs import run_batch
+from flatminima.study.network_runs import members_at_once, run_batch
 from flatminima.study.run_spec import Record, RunSpec
 from flatminima.study.runner import WorkerLostError, run_jobs
 from flatminima.study.versions import current_version, differences
 
 RunBatch: TypeAlias = Callable[[Sequence[RunSpec], Report], Iterable[Record]]
+_OWN = run_batch
 LARGEST_BATCH = 100  # beyond it an ensemble gains little, and workers would wait for the last one
 _CLUSTER = 8  # workers that a cluster is taken to have where nobody says
 _POLL = 1.0  # seconds between looks at what another process does
@@ -67,7 +68,8 @@ def run_study(
         grid: the study.
         path: of the database; made if absent.
         workers, ray, resources: where to run; see :func:`~flatminima.study.runner.run_jobs`.
-        batch: most networks that are trained together; by default so many that every worker gets some, 100 at most.
+        batch: most networks that a worker is given at a time; by default so many that every worker gets some, and no more than
+            are trained at once.
         other_version: go on although code, packages or data are not those of the finished runs. Which run was made with which
             is recorded.
         extend: the grid may have more networks than the database, as with more seeds. Looking at results and then adding runs
@@ -100,8 +102,9 @@ def run_study(
         for key, value in (meta or {}).items():
             database.set_meta(key, value)
         share = batch or min(LARGEST_BATCH, math.ceil(len(runs) / (workers or (_CLUSTER if ray else 1))))
+        at_once = members_at_once if run_batch is _OWN and batch is None else None
         with _renewed(database):
-            _run(database, _Work(run_batch, version), share, workers, ray, resources, progress)
+            _run(database, _Work(run_batch, version), share, at_once, workers, ray, resources, progress)
         return database.counts()
 
 
@@ -188,6 +191,7 @@ def _run(
     database: StudyDatabase,
     work: _Work,
     most: int,
+    at_once: Callable[[RunSpec], int] | None,
     workers: int | None,
     ray: str | None,
     resources: Mapping[str, float] | None,
@@ -200,7 +204,7 @@ def _run(
             progress(_progress(database, elsewhere=True))
             time.sleep(_POLL)
             continue
-        batches = _Batches(database, make_batches((spec for spec in waiting if spec.id in free), most))
+        batches = _Batches(database, make_batches((spec for spec in waiting if spec.id in free), most, at_once))
         keeper = _Keeper(database, batches, progress)
         try:
             run_jobs(
@@ -297,8 +301,16 @@ def _check_version(database: StudyDatabase, version: Mapping[str, Any], other_ve
     database.add_version(version)
 
 
-def make_batches(specs: Iterable[RunSpec], most: int) -> list[list[RunSpec]]:
+def make_batches(
+    specs: Iterable[RunSpec], most: int, at_once: Callable[[RunSpec], int] | None = None
+) -> list[list[RunSpec]]:
     """Networks that can share an ensemble together, at most so many, in parts of about the same size.
+
+    Args:
+        specs: of the networks.
+        most: in a batch.
+        at_once: how many networks like this one are trained at once. A batch of more would keep a worker busy while others have
+            nothing left to do.
 
     Example:
         >>> from flatminima.study.run_spec import DataSpec, ModelSpec
@@ -311,6 +323,7 @@ def make_batches(specs: Iterable[RunSpec], most: int) -> list[list[RunSpec]]:
         groups.setdefault(spec.ensemble, []).append(spec)
     batches = []
     for group in groups.values():
-        size = math.ceil(len(group) / math.ceil(len(group) / most))
+        largest = most if at_once is None else min(most, at_once(group[0]))
+        size = math.ceil(len(group) / math.ceil(len(group) / largest))
         batches += [group[start : start + size] for start in range(0, len(group), size)]
     return batches
