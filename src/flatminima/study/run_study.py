@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from flatminima.study import network_runs
 from flatminima.study.claims import LEASE
 from flatminima.study.database import StudyDatabase, StudyError
 from flatminima.study.executor import Report
 from flatminima.study.export import flattened
 from flatminima.study.grid import Grid
-from flatminima.study.network_runs import members_at_once, run_batch
 from flatminima.study.run_spec import Record, RunSpec
 from flatminima.study.runner import WorkerLostError, run_jobs
 from flatminima.study.versions import current_version, differences
 
 RunBatch: TypeAlias = Callable[[Sequence[RunSpec], Report], Iterable[Record]]
-_OWN = run_batch
 LARGEST_BATCH = 100  # beyond it an ensemble gains little, and workers would wait for the last one
 _CLUSTER = 8  # workers that a cluster is taken to have where nobody says
 _POLL = 1.0  # seconds between looks at what another process does
@@ -57,7 +56,7 @@ def run_study(
     extend: bool = False,
     meta: Mapping[str, Any] | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
-    run_batch: RunBatch = run_batch,
+    run_batch: RunBatch = network_runs.run_batch,
 ) -> dict[str, int]:
     """Make the networks of a study that its database does not hold yet.
 
@@ -102,7 +101,8 @@ def run_study(
         for key, value in (meta or {}).items():
             database.set_meta(key, value)
         share = batch or min(LARGEST_BATCH, math.ceil(len(runs) / (workers or (_CLUSTER if ray else 1))))
-        at_once = members_at_once if run_batch is _OWN and batch is None else None
+        known = run_batch is network_runs.run_batch  # another function may train as many at once as it likes
+        at_once = network_runs.members_at_once if known and batch is None else None
         with _renewed(database):
             _run(database, _Work(run_batch, version), share, at_once, workers, ray, resources, progress)
         return database.counts()
