@@ -19,6 +19,7 @@ from torch.func import functional_call, stack_module_state
 
 from flatminima.study.course import Course, Trained, Training
 from flatminima.study.dense_step import dense_gradients, dense_layers, dense_outputs
+from flatminima.study.parts import even_parts
 from flatminima.study.together import (
     Stack,
     gradients_alone,
@@ -142,10 +143,7 @@ def most_at_once(training: Training) -> int:
 
 def turns(trainings: Sequence[Training]) -> Iterator[Sequence[Training]]:
     """The members that are trained at once; one by one where a step of one network is already large."""
-    size = most_at_once(trainings[0])
-    size = -(-len(trainings) // -(-len(trainings) // size))  # turns of equal length
-    for start in range(0, len(trainings), size):
-        yield trainings[start : start + size]
+    return even_parts(trainings, most_at_once(trainings[0]))
 
 
 class _Ensemble:

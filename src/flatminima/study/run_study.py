@@ -17,6 +17,7 @@ from flatminima.study.database import StudyDatabase, StudyError
 from flatminima.study.executor import Report
 from flatminima.study.export import flattened
 from flatminima.study.grid import Grid
+from flatminima.study.parts import even_parts
 from flatminima.study.run_spec import Record, RunSpec
 from flatminima.study.runner import WorkerLostError, run_jobs
 from flatminima.study.versions import current_version, differences
@@ -303,7 +304,7 @@ def _check_version(database: StudyDatabase, version: Mapping[str, Any], other_ve
 
 def make_batches(
     specs: Iterable[RunSpec], most: int, at_once: Callable[[RunSpec], int] | None = None
-) -> list[list[RunSpec]]:
+) -> list[Sequence[RunSpec]]:
     """Networks that can share an ensemble together, at most so many, in parts of about the same size.
 
     Args:
@@ -321,9 +322,8 @@ def make_batches(
     groups: dict[object, list[RunSpec]] = {}
     for spec in specs:
         groups.setdefault(spec.ensemble, []).append(spec)
-    batches = []
+    batches: list[Sequence[RunSpec]] = []
     for group in groups.values():
         largest = most if at_once is None else min(most, at_once(group[0]))
-        size = math.ceil(len(group) / math.ceil(len(group) / largest))
-        batches += [group[start : start + size] for start in range(0, len(group), size)]
+        batches += even_parts(group, largest)
     return batches
